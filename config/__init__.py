@@ -1,0 +1,152 @@
+"""Settings: a script's plain assignments, overridden by config files, overridden by --name=value.
+
+    cfg, words = configure(__file__)
+
+reads the commented block of assignments at the top of that script, so the block IS the interface:
+its names, defaults, types and, for --help, its comments.
+"""
+import ast
+import difflib
+import json
+import os
+import runpy
+import sys
+import types
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right; run_main prints it as one line."""
+
+
+def run_main(main, script):
+    """Call main(); a UserError becomes `script: message` and exit code 2, Ctrl-C becomes 130."""
+    name = Path(script).name
+    try:
+        main()
+    except UserError as e:
+        sys.exit(_fail(name, e, 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail(name, "interrupted", 130))
+    except BrokenPipeError:  # `python sample.py | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        if e.errno is None:
+            raise
+        where = f"{e.filename}: " if e.filename else ""
+        sys.exit(_fail(name, f"{where}{e.strerror}", 2))
+
+
+def _fail(name, message, code):
+    print(f"{name}: {message}", file=sys.stderr)
+    return code
+
+
+def newest_model(kind="", root="out"):
+    """Folder of the newest run under out/ that has a model, best/ before final/; None if none has.
+
+    kind: "base" or "chat" looks only for such runs.
+    """
+    runs = []
+    for file in Path(root).glob("**/run.json"):
+        try:
+            run = json.loads(file.read_text(encoding="utf-8"))
+            models = [file.parent / m for m in ("best", "final")]
+            models = [m for m in models if (m / "config.json").is_file()]
+            if models and (not kind or run["kind"] == kind):
+                runs.append((max((m / "config.json").stat().st_mtime for m in models), models[0]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # half a run is no run
+    return max(runs)[1] if runs else None
+
+
+def read_settings(script):
+    """The block of a script: {name: (default, comment, section)} in order, up to its first import."""
+    source = Path(script).read_text(encoding="utf-8")
+    lines, settings, section = source.splitlines(), {}, ""
+    sections = {i: line.strip("#- ") for i, line in enumerate(lines, 1) if line.startswith("# ----")}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+            break
+        if isinstance(node, ast.Assign):
+            section = sections.get(max((i for i in sections if i < node.lineno), default=0), section)
+            value = eval(compile(ast.Expression(node.value), script, "eval"), {"__builtins__": {}})
+            comment = lines[node.end_lineno - 1].partition("  # ")[2]
+            settings[node.targets[0].id] = (value, comment, section)
+    return settings
+
+
+def configure(script, argv=None, base=None, files=True):
+    """Settings of `script` on top of those of `base` -> (namespace, the other words of argv).
+
+    Order: the blocks, the config files among argv (words ending in .py; with files=False none are
+    looked for), then --name=value. --help prints every setting with these values and exits.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    settings = read_settings(base) if base else {}
+    settings |= read_settings(script)
+    cfg = {name: value for name, (value, _, _) in settings.items()}
+    words = [a for a in argv if not a.startswith("--")]
+    for path in [w for w in words if files and w.endswith(".py")]:
+        words.remove(path)
+        _apply_file(cfg, path)
+    for arg in [a for a in argv if a.startswith("--") and a != "--help"]:
+        name, given, text = arg[2:].partition("=")
+        _check_name(cfg, name, "")
+        if not given and not isinstance(cfg[name], bool):
+            raise UserError(f"--{name} needs a value: --{name}=...")
+        cfg[name] = _parse(name, text, cfg[name]) if given else True
+    if "--help" in argv:
+        _print_help(script, settings, cfg)
+        sys.exit(0)
+    return types.SimpleNamespace(**cfg), words
+
+
+def _apply_file(cfg, path):
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path}")
+    try:
+        values = runpy.run_path(path)
+    except Exception as e:  # the user's own code: whatever it raises is theirs to mend
+        raise UserError(f"{path}: {type(e).__name__}: {e}") from e
+    for name, value in values.items():
+        if name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
+            continue
+        _check_name(cfg, name, f"{path}: ")
+        cfg[name] = _typed(name, value, cfg[name], f"{path}: ")
+
+
+def _check_name(cfg, name, where):
+    if name not in cfg:
+        near = difflib.get_close_matches(name, cfg, n=2)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all"
+        raise UserError(f"{where}unknown setting '{name}'. {hint}")
+
+
+def _typed(name, value, default, where=""):
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise UserError(f"{where}{name}={value!r} is not of type {type(default).__name__}")
+    return value
+
+
+def _parse(name, text, default):
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    return _typed(name, value, default)
+
+
+def _print_help(script, settings, cfg):
+    doc = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
+    print(doc + "\n\nSettings, as --name=value:")
+    last = None
+    for name, (_, comment, section) in settings.items():
+        if section != last:
+            print(f"\n{section}")
+            last = section
+        print(f"  --{name}={cfg[name]}".ljust(40) + f"  {comment}")

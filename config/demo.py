@@ -1,0 +1,21 @@
+"""The five-minute demo: embedded text, own tokenizer, a small modern model, CPU."""
+out_dir = "out/demo"
+dataset = "demo"
+arch = "qwen3"
+n_layer = 4
+n_head = 4
+n_kv_head = 1
+n_embd = 256
+block_size = 256
+batch_size = 8
+gradient_accumulation_steps = 1
+dropout = 0.15
+optimizer = "muon"
+learning_rate = 1e-3
+muon_lr = 5e-3
+min_lr = 1e-5
+warmup_iters = 20
+max_iters = 300
+weight_decay = 0.3
+eval_interval = 50
+checkpoint_interval = 50

@@ -1,0 +1,161 @@
+"""Prepared sets on disk, data/<name>/: token ids without a header, where documents start, meta.json.
+
+    train.bin val.bin   ids, little-endian uint16 (up to 65,536 ids) or uint32; np.memmap reads them
+    train.idx val.idx   uint64: index of each document's first token, and the total at the end
+    tokenizer.json      the tokenizer that made them;  meta.json  says all else and is written last
+"""
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+from data.tokenizer import Tokenizer
+
+VERSION = 1
+SPLITS = ("train", "val")
+
+
+def write_file(path, content):
+    """Write str or bytes whole or not at all: beside, fsync, rename."""
+    part = Path(f"{path}.part")
+    with open(part, "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+class BinWriter:
+    """Writes one prepared set; nothing of it can be read before finish().
+
+    with BinWriter(folder, n_ids) as out: out.add("train", ids); ...; out.finish(tokenizer, meta)
+    """
+
+    def __init__(self, folder, n_ids):
+        self.folder, self.n_ids = Path(folder), n_ids
+        self.dtype = np.dtype("<u2" if n_ids <= 2**16 else "<u4")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = {s: open(self.folder / f"{s}.bin.part", "w+b") for s in SPLITS}
+        self.restart()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for split, file in self.files.items():
+            file.close()
+            for kind in ("bin", "idx"):
+                (self.folder / f"{split}.{kind}.part").unlink(missing_ok=True)
+
+    def n_docs(self, split):
+        return len(self.starts[split]) - 1
+
+    def add(self, split, ids):
+        """Append a document, ids (n,) of any integer type, its <|endoftext|> included."""
+        ids = np.asarray(ids)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.n_ids:
+            raise ValueError(f"id {ids.max()} in a set of {self.n_ids} ids")  # would wrap silently
+        raw = ids.astype(self.dtype).tobytes()
+        self.files[split].write(raw)
+        self.hashes[split].update(raw)
+        self.starts[split].append(self.starts[split][-1] + len(ids))
+
+    def documents(self, split):
+        """The documents written so far, as arrays."""
+        self.files[split].flush()
+        tokens = np.fromfile(self.folder / f"{split}.bin.part", dtype=self.dtype)
+        return np.split(tokens, np.array(self.starts[split][1:-1], dtype=np.int64))
+
+    def restart(self):
+        """Forget every document, to write them anew."""
+        for split in SPLITS:
+            self.files[split].seek(0)
+            self.files[split].truncate()
+        self.starts = {s: array("Q", [0]) for s in SPLITS}  # 8 bytes a document
+        self.hashes = {s: hashlib.sha256() for s in SPLITS}
+
+    def finish(self, tokenizer, meta):
+        """Put everything in place, meta.json last."""
+        for split, file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            write_file(self.folder / f"{split}.idx.part",
+                       np.array(self.starts[split], dtype="<u8").tobytes())
+            meta["splits"][split] |= dict(documents=self.n_docs(split),
+                                          tokens=self.starts[split][-1],
+                                          sha256=self.hashes[split].hexdigest())
+        meta |= dict(version=VERSION, dtype=self.dtype.name, n_ids=self.n_ids,
+                     tokenizer=tokenizer.fingerprint,
+                     special_ids=dict(sorted(tokenizer.specials.items(), key=lambda x: x[1])))
+        (self.folder / "meta.json").unlink(missing_ok=True)
+        tokenizer.save(self.folder, chat=meta["kind"] == "chat")
+        for split in SPLITS:
+            for kind in ("bin", "idx"):
+                os.replace(self.folder / f"{split}.{kind}.part", self.folder / f"{split}.{kind}")
+        write_file(self.folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+
+
+class Bins:
+    """A prepared set, checked: .meta (dict), .tokenizer, .tokens(split), .starts(split)."""
+
+    def __init__(self, name, root="data"):
+        self.folder = Path(root) / name
+        meta_file = self.folder / "meta.json"
+        if not meta_file.is_file():
+            raise UserError(f"{self.folder} is not prepared (no meta.json). Run: python prepare.py "
+                            f"SOURCE --name={name}")
+        try:
+            self.meta = json.loads(meta_file.read_text(encoding="utf-8"))
+            version, self.kind = self.meta["version"], self.meta["kind"]
+            self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+            sizes = {s: (self.meta["splits"][s]["tokens"], self.meta["splits"][s]["documents"])
+                     for s in SPLITS}
+        except (ValueError, KeyError, TypeError) as e:
+            raise self._bad(f"meta.json can't be read ({type(e).__name__}: {e})") from e
+        if version != VERSION:
+            raise self._bad(f"format {version}, this program reads {VERSION}")
+        for split, (n_tokens, n_docs) in sizes.items():
+            for kind, want in (("bin", n_tokens * self.dtype.itemsize), ("idx", (n_docs + 1) * 8)):
+                file = self.folder / f"{split}.{kind}"
+                have = file.stat().st_size if file.is_file() else None
+                if have != want:
+                    raise self._bad(f"{file.name} has {have} bytes, meta.json says {want}")
+        try:
+            spec = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
+            self.tokenizer = Tokenizer(spec)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise self._bad(f"tokenizer.json can't be read ({type(e).__name__}: {e})") from e
+        if self.tokenizer.fingerprint != self.meta["tokenizer"]:
+            raise self._bad(f"tokenizer.json (sha256 {self.tokenizer.fingerprint[:8]}) is not the one "
+                            f"that made the bins ({self.meta['tokenizer'][:8]})")
+
+    def _bad(self, what):
+        return UserError(f"{self.folder}: {what}. Prepare it again: python prepare.py SOURCE "
+                         f"--name={self.folder.name}")
+
+    def tokens(self, split):
+        """All ids of a split, a read-only memmap."""
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.dtype, mode="r")
+
+    def starts(self, split):
+        """(documents + 1,) int64: where each begins, and the total."""
+        return np.fromfile(self.folder / f"{split}.idx", dtype="<u8").astype(np.int64)
+
+    def fingerprint(self):
+        """What a resumed run must find unchanged: the ids of both splits."""
+        return "-".join(self.meta["splits"][s]["sha256"][:16] for s in SPLITS)
+
+
+def replace_folder(part, folder):
+    """Move the finished folder `part` to `folder`, whose former content goes."""
+    old = Path(f"{folder}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if Path(folder).exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)

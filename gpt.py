@@ -1,0 +1,559 @@
+"""The whole model: GPT-2 and Qwen3 in one file, with their loss, sampling, optimizers and files.
+
+    model = GPT(GPTConfig(arch="qwen3", vocab_size=2176, n_layer=4, n_head=4, n_embd=256))
+    loss_sum, n_tokens = model(ids, targets)           # training: both (batch, time) int64
+    for next_ids in model.generate(ids, 100): ...      # sampling: one id a row and step
+    model.save_pretrained("out/x/final")               # transformers loads this folder as it is
+    model = GPT.from_pretrained("out/x/final")         # ours, or Hugging Face's GPT-2 and Qwen3
+
+Needs torch and the standard library; safetensors and huggingface_hub only where files are touched.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    arch: str = "gpt2"       # "gpt2": learned positions, LayerNorm, GELU; "qwen3": RoPE, RMSNorm, SwiGLU
+    vocab_size: int = 50304  # rows of the embedding: the ids, padded up to a multiple of 128
+    n_ids: int = 0           # ids that mean something, the sampler never leaves them; 0 = vocab_size
+    block_size: int = 1024   # longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0       # heads of keys and values (grouped-query attention); 0 = n_head
+    n_embd: int = 768
+    head_dim: int = 0        # 0 = n_embd // n_head
+    n_inner: int = 0         # width inside the MLP; 0 = 4 n_embd (gpt2), 8/3 n_embd (qwen3)
+    dropout: float = 0.0     # after the embedding and on what each half of a block adds
+    bias: bool = True        # gpt2 only: biases in linear layers and norms
+    activation: str = "gelu_pytorch_tanh"  # gpt2 only: that, "gelu_new" (the same) or "gelu" (exact)
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie: bool = True         # the output head is the embedding matrix
+
+    def __post_init__(self):
+        modern = self.arch == "qwen3"
+        if self.arch not in ("gpt2", "qwen3"):
+            raise ValueError(f"arch is {self.arch!r}; known are 'gpt2' and 'qwen3'")
+        if self.activation not in ("gelu_pytorch_tanh", "gelu_new", "gelu"):
+            raise ValueError(f"activation is {self.activation!r}; known are the GELU forms of GPT-2")
+        self.n_ids = self.n_ids or self.vocab_size
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        # 8/3: three matrices of this width hold as many weights as two of 4 n_embd (arXiv:2002.05202)
+        self.n_inner = self.n_inner or (round(self.n_embd / 24) * 64 if modern else 4 * self.n_embd)
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if modern and self.head_dim % 2:
+            raise ValueError(f"RoPE turns pairs: head_dim {self.head_dim} must be even")
+        if not modern and (self.n_kv_head != self.n_head or not self.tie):
+            raise ValueError("gpt2 has as many key heads as query heads, and a tied output head")
+        self.bias = self.bias and not modern
+
+
+# ---- the blocks ----
+
+def rope_table(positions, head_dim, theta):
+    """Rotary angles (arXiv:2104.09864): positions (B or 1, T) -> cos, sin (B or 1, 1, T, head_dim/2)."""
+    even = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[:, None, :, None].float() / theta ** (even / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Turn the pairs (x[i], x[i + head_dim/2]) by their angles; x (B, heads, T, head_dim)."""
+    cos, sin = (t.to(x.dtype) for t in rope)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values one attention layer has seen; (B, n_kv_head, max_len, head_dim), made once."""
+
+    def __init__(self, max_len):
+        self.max_len, self.length, self.k, self.v = max_len, 0, None, None
+
+    def append(self, k, v):
+        """Store k, v (B, n_kv_head, T, head_dim) and return all that is stored."""
+        if self.k is None:  # only here is dtype known: autocast decides it
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
+        end = self.length + k.size(2)
+        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim, inner = config.head_dim, config.n_head * config.head_dim
+        inner_kv = config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, inner, bias=config.bias)
+        self.k_proj = nn.Linear(config.n_embd, inner_kv, bias=config.bias)
+        self.v_proj = nn.Linear(config.n_embd, inner_kv, bias=config.bias)
+        self.o_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
+        modern = config.arch == "qwen3"
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
+        self.grouped = config.n_kv_head != config.n_head
+
+    def forward(self, x, rope, mask, cache):
+        B, T, C = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # is_causal aligns top left: with a cache it would let a lone query see only the first key.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped,
+                                           is_causal=mask is None and T > 1)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
+
+
+class MLP(nn.Module):
+    """GPT-2's: widen, GELU, narrow."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU("none" if config.activation == "gelu" else "tanh")
+
+    def forward(self, x):
+        return self.down_proj(self.gelu(self.up_proj(x)))
+
+
+class SwiGLU(nn.Module):
+    """Qwen3's: a second projection gates the first (arXiv:2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def make_norm(config):
+    if config.arch == "qwen3":
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(config) if config.arch == "qwen3" else MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        x = x + self.drop(self.attn(self.norm1(x), rope, mask, cache))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+# ---- the loss ----
+
+def loss_chunk(x, weight, targets, need_grad):
+    """Loss of some rows: (sum, d/dx or None, d/dweight or None); logits live only in here."""
+    logits = F.linear(x, weight).float()  # (rows, V)
+    kept = targets >= 0
+    index = targets.clamp(min=0)[:, None]
+    lse = logits.logsumexp(-1)
+    loss = ((lse - logits.gather(1, index)[:, 0]) * kept).sum()
+    if not need_grad:
+        return loss, None, None
+    grad = logits.sub_(lse[:, None]).exp_()  # softmax, in the logits' memory
+    grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
+    grad = grad.mul_(kept[:, None]).to(x.dtype)
+    return loss, grad @ weight, grad.T @ x
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, need_grad, rows, chunk):
+        w = weight.to(x.dtype)
+        loss = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if need_grad else None
+        grad_w = None
+        for i in range(0, len(x), rows):
+            part, gx, gw = chunk(x[i:i + rows], w, targets[i:i + rows], need_grad)
+            loss += part
+            if need_grad:
+                grad_x[i:i + rows] = gx
+                grad_w = gw.to(weight.dtype) if grad_w is None else grad_w.add_(gw)
+        if need_grad:
+            ctx.save_for_backward(grad_x, grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        # In place: a copy of d/dweight is 466 MB at 151,680 x 768. A second backward is refused by
+        # autograd, which sees that what was saved has changed.
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x.mul_(scale), grad_w.mul_(scale), None, None, None, None
+
+
+def linear_cross_entropy(x, weight, targets, logits_budget=2**26, chunk=loss_chunk):
+    """Summed cross-entropy of x @ weight.T against targets, never holding all logits at once.
+
+    x (N, C) any float dtype, weight (V, C), targets (N,) int64 -> scalar float32.
+    Rows with target -1 count nothing. Peak extra memory is about logits_budget floats instead of
+    N * V; gradients are made in the forward pass, so logits are made once (Liger kernels,
+    arXiv:2410.10989). Under autocast both matrices are cast to its dtype.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    rows = max(1, logits_budget // len(weight))
+    need_grad = torch.is_grad_enabled()  # inside the Function it is always off
+    with torch.autocast(device_type, enabled=False):
+        return LinearCrossEntropy.apply(x, weight, targets, need_grad, rows, chunk)
+
+
+# ---- sampling ----
+
+def sample_next(logits, temperature, top_k, top_p, generator):
+    """Draw one id a row from logits (B, V); temperature 0 takes the likeliest -> (B,) int64."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits / temperature).sort(-1, descending=True) if not top_k else (
+        logits / temperature).topk(min(top_k, logits.size(-1)))
+    probs = logits.softmax(-1)
+    # nucleus (arXiv:1904.09751): keep the fewest likeliest ids whose mass reaches top_p
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    choice = torch.multinomial(probs, 1, generator=generator)
+    return order.gather(-1, choice)[:, 0]
+
+
+# ---- the model ----
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        modern = config.arch == "qwen3"
+        self.wpe = None if modern else nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.lm_head = None if config.tie else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss_chunk = loss_chunk
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                # 2 n_layer terms add up in the residual stream: keep its variance (GPT-2, 2.3)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def head(self):
+        """The (vocab_size, n_embd) matrix that makes logits."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def n_params(self):
+        """Parameters in the embeddings and head, and in the blocks."""
+        total = sum(p.numel() for p in self.parameters())
+        body = sum(p.numel() for p in self.blocks.parameters())
+        return total - body, body
+
+    def flops_per_token(self, T):
+        """Matmul FLOPs of forward and backward per token at context T (PaLM, appendix B)."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        return 6 * (matrices + self.head.numel()) + 12 * c.n_layer * c.n_head * c.head_dim * T
+
+    def hidden(self, ids, doc_ids=None, caches=None):
+        """Final hidden states (B, T, n_embd) of ids (B, T); see forward."""
+        B, T = ids.shape
+        past = caches[0].length if caches else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit a context of {self.config.block_size}")
+        positions, mask = torch.arange(past, past + T, device=ids.device)[None], None
+        if doc_ids is not None:
+            same = doc_ids[:, :, None] == doc_ids[:, None, :]          # (B, T, T)
+            mask = same.tril()[:, None]                                # (B, 1, T, T)
+            positions = positions - same.int().argmax(-1)  # minus the first index of one's document
+        elif past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)
+        x = self.wte(ids)
+        if self.wpe is not None:
+            x, rope = x + self.wpe(positions), None
+        else:
+            rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.drop(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, caches[i] if caches else None)
+        return self.norm(x)
+
+    def forward(self, ids, targets=None, doc_ids=None, caches=None):
+        """Logits, or the loss.
+
+        ids (B, T) int64. Without targets -> logits (B, T, vocab_size). With targets (B, T), -1 =
+        ignored -> (the SUM of the loss as float32 scalar, the number of trained tokens).
+        doc_ids (B, T), non-decreasing: positions restart at every change and attention stays inside
+        a document; never with caches (one KVCache a block, which T new tokens extend).
+        """
+        x = self.hidden(ids, doc_ids, caches)
+        if targets is None:
+            return F.linear(x, self.head)
+        loss = linear_cross_entropy(x.flatten(0, 1), self.head, targets.flatten(),
+                                    chunk=self.loss_chunk)
+        return loss, (targets >= 0).sum()
+
+    def compile_parts(self):
+        """torch.compile each block in place (no prefix in names) and the body of the loss."""
+        for block in self.blocks:
+            block.compile()
+        self.loss_chunk = torch.compile(loss_chunk)
+
+    @torch.inference_mode()
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
+                 repetition_penalty=1.0, stop_ids=(), seed=None):
+        """Yield one (B,) int64 tensor of new ids a step, continuing ids (B, T >= 1).
+
+        top_k 0 = all; temperature 0 = greedy; repetition_penalty divides the positive and
+        multiplies the negative logits of every id seen (CTRL, arXiv:1909.05858). A row ends with
+        the first of stop_ids, which is yielded, and yields -1 from then on; all rows ended or
+        max_new_tokens reached ends it. Past block_size the last half of the context is kept and
+        read again. seed makes it reproducible.
+        """
+        block_size, n_ids = self.config.block_size, self.config.n_ids
+        generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=ids.device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        seen = torch.zeros(len(ids), n_ids, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+        context, caches = ids, None
+        for _ in range(max_new_tokens):
+            if caches is None or context.size(1) > block_size:
+                context = context if context.size(1) <= block_size else context[:, -(block_size // 2):]
+                caches = [KVCache(block_size) for _ in self.blocks]
+                x = self.hidden(context, caches=caches)
+            else:
+                x = self.hidden(context[:, -1:], caches=caches)
+            logits = F.linear(x[:, -1], self.head)[:, :n_ids].float()
+            if repetition_penalty != 1.0:
+                penalised = torch.where(logits > 0, logits / repetition_penalty,
+                                        logits * repetition_penalty)
+                logits = torch.where(seen, penalised, logits)
+            new = sample_next(logits, temperature, top_k, top_p, generator)
+            yield torch.where(ended, -1, new)
+            ended |= torch.isin(new, stops)
+            if ended.all():
+                return
+            seen.scatter_(1, new[:, None], True)
+            context = torch.cat((context, new[:, None]), dim=1)
+
+    # ---- optimizers ----
+
+    def configure_optimizers(self, optimizer, learning_rate, muon_lr, weight_decay, betas):
+        """A list of optimizers: AdamW, or AdamW and Muon (https://kellerjordan.github.io/posts/muon).
+
+        Weight decay falls on the blocks' matrices only: not on norms, biases and embeddings.
+        Each group keeps its peak rate as group["peak_lr"], for the schedule to scale.
+        """
+        matrices = [p for p in self.blocks.parameters() if p.dim() == 2 and p.requires_grad]
+        taken = {id(p) for p in matrices}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
+        groups = [dict(params=rest, weight_decay=0.0)]
+        optimizers = []
+        if optimizer == "muon":
+            # match_rms_adamw makes an update as large as AdamW's, so rates mean the same (2502.16982)
+            optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay,
+                                               adjust_lr_fn="match_rms_adamw"))
+        elif optimizer == "adamw":
+            groups.append(dict(params=matrices, weight_decay=weight_decay))
+        else:
+            raise ValueError(f"optimizer is {optimizer!r}; known are 'adamw' and 'muon'")
+        fused = self.wte.weight.device.type in ("cuda", "cpu", "mps")
+        optimizers.insert(0, torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
+        for group in (g for opt in optimizers for g in opt.param_groups):
+            group["peak_lr"] = group["lr"]
+        return optimizers
+
+    # ---- files ----
+
+    def save_pretrained(self, folder, dtype=torch.float32, **extra):
+        """Write config.json and model.safetensors as transformers has them; extra joins config.json."""
+        from safetensors.torch import save_file
+        folder, state, tensors = Path(folder), self.state_dict(), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for theirs, ours in hf_names(self.config):
+            # GPT-2 always has biases there: ours without are zeros
+            parts = [state[name] if name in state else
+                     state[name.replace(".bias", ".weight")].new_zeros(
+                         len(state[name.replace(".bias", ".weight")])) for name in ours]
+            tensor = torch.cat(parts).to(dtype)
+            tensors[theirs] = (tensor.T if is_conv1d(theirs) else tensor).contiguous().cpu()
+        config = hf_config(self.config) | {"dtype": str(dtype).removeprefix("torch.")} | extra
+        save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, path, dropout=0.0, block_size=0):
+        """Read a model folder or hub id of GPT-2 or Qwen3 architecture, as float32 on the CPU.
+
+        block_size > 0 shortens the context. ValueError: another architecture, a feature of it that
+        is not built here, tensors missing, extra or misshapen. OSError: no such file, no network.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        folder = Path(path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+            patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+            folder = Path(snapshot_download(str(path), allow_patterns=patterns))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}: no config.json, so not a model folder")
+        try:
+            config = read_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{folder / 'config.json'}: {e}") from e
+        tensors = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                tensors |= load_file(file)
+            except SafetensorError as e:
+                raise ValueError(f"{file}: damaged ({e})") from e
+        config.dropout = dropout
+        model = cls(config)
+        model.load_hf_tensors(tensors, folder)
+        if 0 < block_size < config.block_size:
+            config.block_size = block_size
+            if model.wpe is not None:
+                model.wpe.weight = nn.Parameter(model.wpe.weight[:block_size].clone())
+        return model
+
+    @torch.no_grad()
+    def load_hf_tensors(self, tensors, source):
+        """Copy a transformers state dict into this model, every tensor or none."""
+        tensors = dict(tensors)
+        if self.config.arch == "gpt2":  # the hub's oldest files lack the prefix and hold mask buffers
+            tensors = {f"transformer.{k.removeprefix('transformer.')}": v for k, v in tensors.items()
+                       if not k.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}
+        elif self.config.tie:
+            tensors.pop("lm_head.weight", None)
+        state, table = self.state_dict(), dict(hf_names(self.config))
+        missing, extra = sorted(table.keys() - tensors.keys()), sorted(tensors.keys() - table.keys())
+        if missing or extra:
+            raise ValueError(f"{source}: missing tensors {missing[:3] or 'none'} ({len(missing)}), "
+                             f"unknown tensors {extra[:3] or 'none'} ({len(extra)})")
+        copies = []
+        for theirs, ours in table.items():
+            tensor = tensors[theirs].T if is_conv1d(theirs) else tensors[theirs]
+            if not all(name in state for name in ours):
+                continue  # the zero biases of a model made without
+            rows = [len(state[name]) for name in ours]
+            want = (sum(rows), *state[ours[0]].shape[1:])
+            if tensor.shape != want:
+                raise ValueError(f"{source}: {theirs} has shape {tuple(tensors[theirs].shape)}, "
+                                 f"config.json says {want}")
+            copies += [(state[name], part) for name, part in zip(ours, tensor.split(rows))]
+        for target, part in copies:
+            target.copy_(part)
+
+
+# ---- the same model in Hugging Face's words ----
+
+def hf_names(c):
+    """Pairs (their tensor, our tensors): theirs is ours concatenated on the first dimension."""
+    if c.arch == "qwen3":
+        parts = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
+        parts |= {f"self_attn.{n}": f"attn.{n}" for n in
+                  ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
+        parts |= {f"mlp.{n}": f"mlp.{n}" for n in ("gate_proj", "up_proj", "down_proj")}
+        yield "model.embed_tokens.weight", ["wte.weight"]
+        for i in range(c.n_layer):
+            for theirs, ours in parts.items():
+                yield f"model.layers.{i}.{theirs}.weight", [f"blocks.{i}.{ours}.weight"]
+        yield "model.norm.weight", ["norm.weight"]
+        if not c.tie:
+            yield "lm_head.weight", ["lm_head.weight"]
+        return
+    parts = {"ln_1": ["norm1"], "ln_2": ["norm2"], "attn.c_proj": ["attn.o_proj"],
+             "attn.c_attn": ["attn.q_proj", "attn.k_proj", "attn.v_proj"],
+             "mlp.c_fc": ["mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"]}
+    yield "transformer.wte.weight", ["wte.weight"]
+    yield "transformer.wpe.weight", ["wpe.weight"]
+    for kind in ("weight", "bias"):
+        for i in range(c.n_layer):
+            for theirs, ours in parts.items():
+                yield f"transformer.h.{i}.{theirs}.{kind}", [f"blocks.{i}.{o}.{kind}" for o in ours]
+        yield f"transformer.ln_f.{kind}", [f"norm.{kind}"]
+
+
+def is_conv1d(name):
+    """GPT-2's linear layers are Conv1D modules: the transpose of nn.Linear's weight."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def hf_config(c):
+    """config.json of a GPTConfig; n_ids and bias are our own keys, which transformers ignores."""
+    common = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tie, n_ids=c.n_ids)
+    if c.arch == "qwen3":
+        return common | dict(
+            architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=c.n_embd,
+            intermediate_size=c.n_inner, num_hidden_layers=c.n_layer, head_dim=c.head_dim,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, hidden_act="silu",
+            max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, attention_bias=False,
+            attention_dropout=0.0, use_sliding_window=False, rope_theta=c.rope_theta,
+            rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta))
+    return common | dict(
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, n_inner=c.n_inner, n_positions=c.block_size, n_ctx=c.block_size,
+        activation_function=c.activation, layer_norm_epsilon=c.norm_eps, bias=c.bias,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)
+
+
+def read_hf_config(h):
+    """GPTConfig of a config.json (a dict); refuses what this file does not compute."""
+    kind = h.get("model_type")
+    if kind == "qwen3":
+        rope = h.get("rope_parameters") or h.get("rope_scaling") or {}
+        refuse = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"RoPE scaling {rope} is not built here")
+        config = GPTConfig(
+            arch="qwen3", n_embd=h["hidden_size"], n_inner=h["intermediate_size"],
+            n_layer=h["num_hidden_layers"], n_head=h["num_attention_heads"],
+            n_kv_head=h["num_key_value_heads"], head_dim=h.get("head_dim", 128),
+            block_size=h["max_position_embeddings"], norm_eps=h["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta", h.get("rope_theta", 10000.0))),
+            vocab_size=h["vocab_size"], tie=h.get("tie_word_embeddings", False),
+            n_ids=h.get("n_ids", 0))
+    elif kind == "gpt2":
+        refuse = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+                  "add_cross_attention": (False,)}
+        config = GPTConfig(
+            arch="gpt2", n_embd=h["n_embd"], n_layer=h["n_layer"], n_head=h["n_head"],
+            n_inner=h.get("n_inner") or 0, norm_eps=h.get("layer_norm_epsilon", 1e-5),
+            block_size=h.get("n_positions", h.get("n_ctx", 1024)), vocab_size=h["vocab_size"],
+            activation=h.get("activation_function", "gelu_new"), bias=h.get("bias", True),
+            n_ids=h.get("n_ids", 0))
+    else:
+        raise ValueError(f"model_type is {kind!r}; the two that work are 'gpt2' and 'qwen3'")
+    for key, allowed in refuse.items():
+        if h.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{key}={h[key]!r} is not built here")
+    return config

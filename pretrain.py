@@ -1,0 +1,596 @@
+"""Train a base model on a prepared set: the settings, the batches, and the loop that sft.py shares.
+
+    python pretrain.py config/demo.py                        # five minutes on a laptop, no network
+    python pretrain.py config/pretrain_zh.py --batch_size=8
+    torchrun --nproc_per_node=8 pretrain.py config/pretrain_zh.py
+
+The same command, started again, goes on from the newest checkpoint.
+"""
+# ---- run ----
+out_dir = "out/pretrain"  # checkpoints, log.jsonl, best/ and final/ go there
+init_from = "auto"        # auto: go on with out_dir, else anew; scratch; or a model folder or hub id
+overwrite = False         # let a new run replace what is in out_dir
+seed = 1337               # decides first weights, order of data, dropout
+# ---- data ----
+dataset = "wiki"          # folder under data/, made by prepare.py
+block_size = 256          # tokens of context
+batch_size = 8            # sequences per micro-batch and per process
+gradient_accumulation_steps = 32  # micro-batches per step over all processes: 8 * 32 * 256 = 65,536
+# ---- model ----
+arch = "gpt2"             # gpt2 or qwen3 (gpt.py)
+n_layer = 12
+n_head = 12
+n_kv_head = 0             # qwen3: heads of keys and values; 0 = n_head
+n_embd = 768
+n_inner = 0               # width inside the MLP; 0 = 4 n_embd (gpt2), 8/3 n_embd (qwen3)
+dropout = 0.0             # 0 where the data is seen once; 0.1 and more over many epochs
+bias = True               # gpt2: biases in linear layers and norms
+# ---- optimizer ----
+optimizer = "adamw"       # adamw, or muon for the blocks' matrices and adamw for the rest
+learning_rate = 6e-4      # AdamW's peak rate
+muon_lr = 2e-3            # Muon's peak rate
+min_lr = 6e-5             # where AdamW's rate ends; Muon's falls by the same factor
+warmup_iters = 200        # steps of linear warmup; cosine decay from there to max_iters
+max_iters = 10_000        # steps
+weight_decay = 0.1        # on the blocks' matrices
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0           # largest norm of the gradient; 0 = no limit
+# ---- watching ----
+log_interval = 10         # steps
+eval_interval = 250       # steps between evaluations, each with samples; a new best goes to best/
+eval_tokens = 262_144     # the first tokens of val.bin that are evaluated; 0 = all
+checkpoint_interval = 250
+sample_start = "数学是|长江"  # beginnings of texts to continue at each evaluation, "|" between them
+# ---- machine ----
+device = "auto"           # cuda, cuda:1, mps, cpu; auto takes the first of these that is there
+dtype = "auto"            # float32, bfloat16, float16; auto: 16 bits where the hardware computes them
+compile = False           # torch.compile: worth its minute on a GPU
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UserError, configure, run_main
+from data.bins import Bins, replace_folder, write_file
+from data.tokenizer import load_tokenizer
+from gpt import GPT, GPTConfig
+
+SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
+
+
+# ---- the machine ----
+
+def set_up_machine(cfg):
+    """Device, number type and this process's place among all -> a namespace the loop reads."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and world > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device={name} can't be used here ({str(e).splitlines()[0]})") from e
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if cfg.gradient_accumulation_steps % world:
+        raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} can't be "
+                        f"shared equally by {world} processes")
+    dtype = choose_dtype(cfg.dtype, device.type)
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked of a GPU
+    return SimpleNamespace(
+        device=device, dtype=dtype, rank=rank, world=world, main=rank == 0,
+        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32))
+
+
+def choose_dtype(wanted, device_type):
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if wanted in known:
+        return known[wanted]
+    if wanted != "auto":
+        raise UserError(f"dtype={wanted} is none of auto, {', '.join(known)}")
+    if device_type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    # a CPU without bf16 instructions computes it several times slower than float32
+    native = device_type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if native else torch.float32
+
+
+# ---- the batches ----
+
+class TextData:
+    """Windows of a text set. What step s sees is a function of (seed, s) alone.
+
+    An epoch is every window of block_size tokens once, in a fresh order and from a fresh offset, so
+    that no two epochs cut the text alike.
+    """
+
+    def __init__(self, bins, cfg):
+        if bins.kind != "text":
+            raise UserError(f"{bins.folder} holds dialogues; pretrain.py takes a text set, sft.py those")
+        self.bins, self.cfg, self.tokenizer = bins, cfg, bins.tokenizer
+        self.train, self.val = bins.tokens("train"), bins.tokens("val")
+        self.windows = (len(self.train) - cfg.block_size) // cfg.block_size
+        if self.windows < 1:
+            raise UserError(f"{bins.folder}/train.bin has {len(self.train):,} tokens: too few for one "
+                            f"window of block_size={cfg.block_size} and its shift")
+        self.order = None, None, None  # of the epoch at hand: number, offset, windows
+
+    def window(self, i):
+        """First token of the i-th sample of the whole run."""
+        epoch = i // self.windows
+        if self.order[0] != epoch:
+            rng = np.random.default_rng([self.cfg.seed, epoch])
+            self.order = epoch, int(rng.integers(self.cfg.block_size)), rng.permutation(self.windows)
+        return self.order[1] + int(self.order[2][i % self.windows]) * self.cfg.block_size
+
+    def batch(self, step, micro):
+        """ids, targets (batch_size, block_size) and no doc_ids, of one global micro-batch."""
+        B, T = self.cfg.batch_size, self.cfg.block_size
+        first = (step * self.cfg.gradient_accumulation_steps + micro) * B
+        rows = [self.train[s:s + T + 1] for s in map(self.window, range(first, first + B))]
+        rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        return rows[:, :-1], rows[:, 1:], None
+
+    def n_trained(self, step):
+        """Trained tokens of a whole step."""
+        return tokens_per_step(self.cfg)
+
+    def epochs(self, steps):
+        return steps * self.cfg.gradient_accumulation_steps * self.cfg.batch_size / self.windows
+
+    def val_batches(self):
+        """The first eval_tokens in windows side by side; every token is predicted exactly once."""
+        T = self.cfg.block_size
+        n = min(len(self.val), self.cfg.eval_tokens or len(self.val))
+        y = self.val[:n].astype(np.int64)
+        x = np.append(self.tokenizer.eot, y[:-1])  # a document's end comes before the first
+        pad = -n % T
+        x = torch.from_numpy(np.append(x, np.zeros(pad, dtype=np.int64))).view(-1, T)
+        y = torch.from_numpy(np.append(y, np.full(pad, -1))).view(-1, T)
+        for i in range(0, len(x), self.cfg.batch_size):
+            yield x[i:i + self.cfg.batch_size], y[i:i + self.cfg.batch_size], None
+
+    def scores(self, loss):
+        """Mean loss in nats per token -> also in bits per byte and per character of the val text."""
+        val = self.bins.meta["splits"]["val"]
+        bits = loss / math.log(2) * val["tokens"]
+        return dict(val_loss=loss, bpb=bits / val["bytes"], bpc=bits / val["characters"])
+
+    def prompts(self):
+        """(shown, ids) of the samples during training; a text begins a document."""
+        starts = [s for s in self.cfg.sample_start.split("|") if s]
+        return [(s, [self.tokenizer.eot, *self.tokenizer.encode(s)]) for s in starts]
+
+
+def tokens_per_step(cfg):
+    return cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+
+
+# ---- the loop ----
+
+class Trainer:
+    """Trains model on data from where checkpoint (a dict, or None) left off; see train()."""
+
+    def __init__(self, cfg, machine, model, data, kind, checkpoint):
+        self.cfg, self.machine, self.model, self.data, self.kind = cfg, machine, model, data, kind
+        self.out = Path(cfg.out_dir)
+        model.to(machine.device)
+        if cfg.compile:
+            model.compile_parts()
+        self.parallel = model if machine.world == 1 else DistributedDataParallel(
+            model, device_ids=[machine.device] if machine.device.type == "cuda" else None)
+        self.optimizers = model.configure_optimizers(
+            cfg.optimizer, cfg.learning_rate, cfg.muon_lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
+        self.scaler = torch.amp.GradScaler(machine.device.type,
+                                           enabled=machine.dtype == torch.float16)
+        self.step, self.best = 0, math.inf
+        if checkpoint:
+            self.step, self.best = checkpoint["step"], checkpoint["best"]
+            for opt, state in zip(self.optimizers, checkpoint["optimizers"]):
+                peaks = [g["peak_lr"] for g in opt.param_groups]  # rates may change on resume
+                opt.load_state_dict(state)
+                for group, peak in zip(opt.param_groups, peaks):
+                    group["peak_lr"] = peak
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.resumed_at = self.step if checkpoint else -1
+
+    def run(self):
+        cfg = self.cfg
+        self.start_files()
+        self.mark, self.losses, self.seconds = time.time(), [], 0.0
+        while True:
+            done = self.step >= cfg.max_iters
+            if self.step != self.resumed_at:  # else both were done before the checkpoint was written
+                if self.step % cfg.eval_interval == 0 or done:
+                    self.evaluate()
+                if self.step and (self.step % cfg.checkpoint_interval == 0 or done):
+                    self.save_checkpoint()
+            if done:
+                return self.finish()
+            loss, norm = self.train_step()
+            self.step += 1
+            self.losses.append(loss)
+            if self.step % cfg.log_interval == 0 or self.step == cfg.max_iters:
+                self.log_training(norm)
+
+    def train_step(self):
+        """One optimizer step -> its mean loss and gradient norm, as tensors (no sync)."""
+        cfg, m = self.cfg, self.machine
+        n, total = self.data.n_trained(self.step), torch.zeros((), device=m.device)
+        micros = range(m.rank, cfg.gradient_accumulation_steps, m.world)
+        for micro in micros:
+            batch = [t if t is None else t.to(m.device, non_blocking=True)
+                     for t in self.data.batch(self.step, micro)]
+            # dropout is a function of (seed, step, micro-batch), so no random state need be saved
+            torch.manual_seed(((cfg.seed * 1_000_003 + self.step) * 1_000_003 + micro) % 2**63)
+            wait = m.world > 1 and micro != micros[-1]
+            with self.parallel.no_sync() if wait else nullcontext():
+                with m.autocast():
+                    loss, _ = self.parallel(*batch)
+                # DistributedDataParallel averages over processes: world makes it the sum again
+                self.scaler.scale(loss * (m.world / n)).backward()
+            total += loss.detach()
+        return total * m.world / n, self.update()
+
+    def update(self):
+        """Clip, let every optimizer step at this step's rate, clear gradients -> gradient norm."""
+        factor = lr_factor(self.step, self.cfg)
+        for opt in self.optimizers:
+            self.scaler.unscale_(opt)
+            for group in opt.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
+        # under float16 an overflow anywhere skips both optimizers, or one would run ahead
+        if not self.scaler.is_enabled() or norm.isfinite():
+            for opt in self.optimizers:
+                opt.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        for opt in self.optimizers:
+            opt.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.inference_mode()
+    def evaluate(self):
+        """Val loss over the same tokens each time, shared by all processes; the best is kept."""
+        m = self.machine
+        began, sums = time.time(), torch.zeros(2, dtype=torch.float64)
+        self.model.eval()
+        for i, batch in enumerate(self.data.val_batches()):
+            if i % m.world == m.rank:
+                with m.autocast():
+                    loss, n = self.model(*(t if t is None else t.to(m.device) for t in batch))
+                sums += torch.tensor([loss.item(), n.item()])
+        if m.world > 1:
+            sums = sums.to(m.device)
+            dist.all_reduce(sums)
+        scores = self.data.scores((sums[0] / sums[1]).item())
+        better = scores["val_loss"] < self.best
+        self.best = min(self.best, scores["val_loss"])
+        if m.main:
+            if better and self.step:
+                self.save_model("best")
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
+            self.log(scores, f"{shown}{'  (best)' if better else ''}")
+            self.print_samples()
+        self.model.train()
+        self.mark += time.time() - began  # speeds are of training alone
+
+    def print_samples(self):
+        tok = self.data.tokenizer
+        for shown, ids in self.data.prompts():
+            ids = torch.tensor([ids], device=self.machine.device)
+            ids = ids[:, -self.model.config.block_size:]
+            with self.machine.autocast():
+                new = [t.item() for t in self.model.generate(
+                    ids, 48, temperature=0.8, top_k=50, seed=self.cfg.seed,
+                    stop_ids=(tok.eot, tok.im_end))]
+            text = tok.decode([i for i in new if i not in (tok.eot, tok.im_end)])
+            print(f"    {shown} > {text}".replace("\n", " "))
+
+    # ---- files ----
+
+    def start_files(self):
+        """run.json, and the log cut back to the step this run starts from."""
+        if not self.machine.main:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        log = self.out / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        kept = [line for line in lines if self.step and is_json_up_to(line, self.step)]
+        write_file(log, "".join(line + "\n" for line in kept))
+        self.write_run()
+        embedding, body = self.model.n_params()
+        cfg, m = self.cfg, self.machine
+        print(f"{self.out}: {self.model.config.arch}, {(embedding + body) / 1e6:.2f}M parameters "
+              f"({embedding / 1e6:.2f}M in embeddings), {m.device.type} {str(m.dtype)[6:]}, "
+              f"{m.world} process{'es' if m.world > 1 else ''}; steps {self.step:,} to "
+              f"{cfg.max_iters:,} of {tokens_per_step(cfg):,} tokens = "
+              f"{self.data.epochs(cfg.max_iters):.1f} epochs of {cfg.dataset}", flush=True)
+
+    def write_run(self, **more):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent) if shutil.which("git") else None
+        run = dict(kind=self.kind, settings=vars(self.cfg), data=self.data.bins.fingerprint(),
+                   tokenizer=self.data.tokenizer.fingerprint, device=str(self.machine.device),
+                   dtype=str(self.machine.dtype), torch=torch.__version__,
+                   python=sys.version.split()[0],
+                   git=git.stdout.strip() if git and git.returncode == 0 else "", **more)
+        write_file(self.out / "run.json", json.dumps(run, ensure_ascii=False, indent=1) + "\n")
+
+    def log(self, values, shown):
+        entry = dict(step=self.step, tokens=self.step * tokens_per_step(self.cfg)) | values
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+        print(f"step {self.step:,}/{self.cfg.max_iters:,}  {shown}", flush=True)
+
+    def log_training(self, norm):
+        """Mean loss since the last log, speed and the time to go; the only sync of the hot loop."""
+        loss = torch.stack(self.losses).mean()
+        if self.machine.world > 1:
+            dist.all_reduce(loss, dist.ReduceOp.SUM)
+            loss /= self.machine.world
+        loss, norm = loss.item(), norm.item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.step} (gradient norm {norm}). Lower "
+                            f"learning_rate; the last checkpoint in {self.out} is sound")
+        seconds = max(time.time() - self.mark, 1e-9)
+        speed = len(self.losses) * tokens_per_step(self.cfg) / seconds
+        left = seconds / len(self.losses) * (self.cfg.max_iters - self.step)
+        rate = self.cfg.learning_rate * lr_factor(self.step - 1, self.cfg)
+        values = dict(loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed, 1))
+        shown = (f"loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "
+                 f"{int(left) // 60}:{int(left) % 60:02d} to go")
+        peak = self.peak_flops()
+        if peak:
+            values["mfu"] = speed * self.model.flops_per_token(self.cfg.block_size) / peak
+            shown += f"  mfu {values['mfu']:.1%}"
+        if self.machine.main:
+            self.log(values, shown)
+        self.seconds += seconds
+        self.mark, self.losses = time.time(), []
+
+    def peak_flops(self):
+        if self.machine.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.machine.device)
+        peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+        return peak and peak * self.machine.world
+
+    def save_checkpoint(self):
+        """ckpt_step_<step>.pt, whole or not at all; the newest two are kept."""
+        if not self.machine.main:
+            return
+        path = self.out / f"ckpt_step_{self.step}.pt"
+        part = Path(f"{path}.part")
+        with open(part, "wb") as f:
+            torch.save(dict(step=self.step, best=self.best, cfg=vars(self.cfg),
+                            model=self.model.state_dict(), model_config=asdict(self.model.config),
+                            optimizers=[opt.state_dict() for opt in self.optimizers],
+                            scaler=self.scaler.state_dict(), data=self.data.bins.fingerprint()), f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        for old in checkpoint_files(self.out)[2:]:
+            old.unlink()
+        self.mark = max(self.mark, time.time() - 1e-9) if not self.losses else self.mark
+
+    def save_model(self, name):
+        """best/ or final/: what transformers, vLLM and sample.py load."""
+        part, tok, chat = self.out / f"{name}.part", self.data.tokenizer, self.kind == "chat"
+        shutil.rmtree(part, ignore_errors=True)
+        ends = [tok.im_end, tok.eot] if chat else tok.eot
+        self.model.save_pretrained(part, bos_token_id=tok.eot, eos_token_id=ends,
+                                   pad_token_id=tok.eot)
+        tok.save(part, chat)
+        generation = dict(do_sample=True, temperature=0.8, top_k=50, bos_token_id=tok.eot,
+                          eos_token_id=ends, pad_token_id=tok.eot)
+        write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
+        replace_folder(part, self.out / name)
+
+    def finish(self):
+        if self.machine.main:
+            self.save_model("final")
+            trained = (self.step - max(self.resumed_at, 0)) * tokens_per_step(self.cfg)
+            self.write_run(finished=self.step, best_val_loss=self.best,
+                           tokens_per_second=round(trained / max(self.seconds, 1e-9), 1))
+            plot_losses(self.out)
+        if self.machine.world > 1:
+            dist.destroy_process_group()
+
+
+def lr_factor(step, cfg):
+    """Share of the peak rate at a step: linear warmup, then a cosine down to min_lr's share."""
+    if step < cfg.warmup_iters:
+        return (step + 1) / cfg.warmup_iters
+    floor = cfg.min_lr / cfg.learning_rate
+    progress = min(1.0, (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def is_json_up_to(line, step):
+    """Whether a line of log.jsonl is whole and not later than step."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def plot_losses(out):
+    """loss.png from log.jsonl, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no loss.png: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "train"), ("val_loss", "val")):
+        points = [(e["tokens"], e[key]) for e in entries if key in e]
+        axes.plot(*zip(*points), label=label) if points else None
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.legend()
+    figure.savefig(out / "loss.part.png", dpi=120)
+    plt.close(figure)
+    os.replace(out / "loss.part.png", out / "loss.png")
+
+
+# ---- starting and going on ----
+
+def checkpoint_files(out):
+    """Checkpoints of a run, the newest first."""
+    files = [p for p in Path(out).glob("ckpt_step_*.pt") if p.stem[10:].isdigit()]
+    return sorted(files, key=lambda p: -int(p.stem[10:]))
+
+
+def find_checkpoint(cfg, data):
+    """The newest sound checkpoint of out_dir if this command goes on with it, else None."""
+    out, files = Path(cfg.out_dir), checkpoint_files(cfg.out_dir)
+    if cfg.overwrite and cfg.init_from != "auto":
+        if int(os.environ.get("RANK", 0)) == 0:
+            for name in ("best", "final"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            for file in [*files, out / "log.jsonl", out / "run.json", out / "loss.png"]:
+                file.unlink(missing_ok=True)
+        return None
+    if files and cfg.init_from == "scratch":
+        raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")
+    for file in files:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint["step"], checkpoint["optimizers"]  # a file of another kind has neither
+        except Exception as e:  # a file cut short raises almost anything
+            print(f"{file} is damaged ({type(e).__name__}); trying the one before", file=sys.stderr)
+            continue
+        check_resumable(cfg, data, checkpoint, file)
+        print(f"going on from {file}")
+        return checkpoint
+    if files:
+        raise UserError(f"{out}: every checkpoint is damaged. Start anew: "
+                        "--init_from=scratch --overwrite")
+    return None
+
+
+def check_resumable(cfg, data, checkpoint, file):
+    """Refuse to go on with another model, other data, another seed or other steps."""
+    old = SimpleNamespace(**checkpoint["cfg"])
+    names = ("seed", "optimizer", "init_from", *(n for n in SHAPE if hasattr(cfg, n)))
+    for name in names:
+        if getattr(cfg, name) != getattr(old, name):
+            raise UserError(f"{file} was made with {name}={getattr(old, name)}, not "
+                            f"{getattr(cfg, name)}. Choose another --out_dir for a new run")
+    if tokens_per_step(cfg) != tokens_per_step(old):
+        raise UserError(f"{file} was made with {tokens_per_step(old):,} tokens per step, not "
+                        f"{tokens_per_step(cfg):,}. Choose another --out_dir for a new run")
+    if checkpoint["data"] != data.bins.fingerprint():
+        raise UserError(f"{file} was made with other data than {data.bins.folder} holds now. "
+                        "Choose another --out_dir for a new run")
+
+
+def load_pretrained(path, tokenizer, dropout, block_size=0):
+    """A model folder or hub id for a prepared set: same ids, one-line errors."""
+    try:
+        model = GPT.from_pretrained(path, dropout, block_size)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} can't be loaded: {e or type(e).__name__}") from e
+    theirs = load_tokenizer(str(path))
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the set was made with another tokenizer (sha256 {tokenizer.fingerprint[:8]}) than {path} "
+            f"has ({theirs.fingerprint[:8]}). Prepare it again with --tokenizer={path}")
+    if theirs.n_ids > model.config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {theirs.n_ids} ids, its model "
+                        f"{model.config.vocab_size}")
+    return model
+
+
+def make_model(cfg, data, checkpoint):
+    """A new model, one read from init_from, or the checkpoint's."""
+    if checkpoint:
+        model = GPT(GPTConfig(**checkpoint["model_config"] | dict(dropout=cfg.dropout)))
+        model.load_state_dict(checkpoint["model"])
+        return model
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from not in ("auto", "scratch"):
+        return load_pretrained(cfg.init_from, data.tokenizer, cfg.dropout, cfg.block_size)
+    n_ids = data.tokenizer.n_ids
+    try:
+        return GPT(GPTConfig(
+            arch=cfg.arch, vocab_size=-(-n_ids // 128) * 128, n_ids=n_ids, block_size=cfg.block_size,
+            n_layer=cfg.n_layer, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, n_embd=cfg.n_embd,
+            n_inner=cfg.n_inner, dropout=cfg.dropout, bias=cfg.bias))
+    except ValueError as e:
+        raise UserError(e) from e
+
+
+def check_settings(cfg):
+    """Numbers no run can use, refused before anything is loaded."""
+    for name in ("block_size", "batch_size", "gradient_accumulation_steps", "n_layer", "n_head",
+                 "n_embd", "max_iters", "log_interval", "eval_interval", "checkpoint_interval",
+                 "learning_rate"):
+        if hasattr(cfg, name) and getattr(cfg, name) <= 0:
+            raise UserError(f"{name}={getattr(cfg, name)} must be greater than 0")
+    if not 0 <= cfg.dropout < 1:
+        raise UserError(f"dropout={cfg.dropout} is not a share between 0 and 1")
+    if cfg.optimizer not in ("adamw", "muon"):
+        raise UserError(f"optimizer={cfg.optimizer} is neither adamw nor muon")
+
+
+def train(cfg, data, make_model, kind):
+    """Train make_model(cfg, data, checkpoint) on data to cfg.max_iters; False if it was done already."""
+    machine = set_up_machine(cfg)
+    checkpoint = find_checkpoint(cfg, data)
+    if checkpoint and checkpoint["step"] >= cfg.max_iters and (Path(cfg.out_dir) / "final").is_dir():
+        print(f"{cfg.out_dir} is finished at step {checkpoint['step']:,}. "
+              "A larger --max_iters goes on; another --out_dir begins anew")
+        return False
+    Trainer(cfg, machine, make_model(cfg, data, checkpoint), data, kind, checkpoint).run()
+    return True
+
+
+def open_dataset(name):
+    """Bins(name); the embedded demo set is made on first use."""
+    if name in ("demo", "demo_chat") and not (Path("data") / name / "meta.json").is_file():
+        import prepare
+        print("preparing the embedded text")
+        prepare.main(["demo"])
+    return Bins(name)
+
+
+def main():
+    cfg, words = configure(__file__)
+    if words:
+        raise UserError(f"'{words[0]}' is neither a config file (.py) nor a setting (--name=value)")
+    check_settings(cfg)
+    if train(cfg, TextData(open_dataset(cfg.dataset), cfg), make_model, "base"):
+        print(f'\nnext:  python sample.py --start="数学是"\n       python sft.py config/'
+              f'{"demo_sft" if cfg.dataset == "demo" else "sft_zh"}.py')
+
+
+if __name__ == "__main__":
+    run_main(main, __file__)
