@@ -75,15 +75,13 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3
 
 # ---- the machine ----
 
-def set_up_machine(cfg):
-    """Device, number type and this process's place among all -> a namespace the loop reads."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = cfg.device
+def choose_device(name):
+    """torch.device of a name or "auto"; under torchrun each process gets its own card."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and world > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -91,6 +89,13 @@ def set_up_machine(cfg):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device={name} can't be used here ({str(e).splitlines()[0]})") from e
+    return device
+
+
+def set_up_machine(cfg):
+    """Device, number type and this process's place among all -> a namespace the loop reads."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(cfg.device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if cfg.gradient_accumulation_steps % world:
@@ -119,6 +124,27 @@ def choose_dtype(wanted, device_type):
 
 # ---- the batches ----
 
+class Shuffle:
+    """Item i of an endless reading of n items: each epoch all of them, in a fresh order."""
+
+    def __init__(self, n, seed):
+        self.n, self.seed, self.epoch = n, seed, None
+
+    def at(self, i):
+        """(the item, a random number in [0, 1) that its whole epoch shares), from (seed, i) alone."""
+        if self.epoch != i // self.n:
+            self.epoch = i // self.n
+            rng = np.random.default_rng([self.seed, self.epoch])
+            self.chance, self.order = rng.random(), rng.permutation(self.n)
+        return int(self.order[i % self.n]), self.chance
+
+
+def step_rows(cfg, step, micro):
+    """Numbers, in the whole run, of the rows in one global micro-batch."""
+    first = (step * cfg.gradient_accumulation_steps + micro) * cfg.batch_size
+    return range(first, first + cfg.batch_size)
+
+
 class TextData:
     """Windows of a text set. What step s sees is a function of (seed, s) alone.
 
@@ -135,22 +161,19 @@ class TextData:
         if self.windows < 1:
             raise UserError(f"{bins.folder}/train.bin has {len(self.train):,} tokens: too few for one "
                             f"window of block_size={cfg.block_size} and its shift")
-        self.order = None, None, None  # of the epoch at hand: number, offset, windows
+        self.order = Shuffle(self.windows, cfg.seed)
 
     def window(self, i):
-        """First token of the i-th sample of the whole run."""
-        epoch = i // self.windows
-        if self.order[0] != epoch:
-            rng = np.random.default_rng([self.cfg.seed, epoch])
-            self.order = epoch, int(rng.integers(self.cfg.block_size)), rng.permutation(self.windows)
-        return self.order[1] + int(self.order[2][i % self.windows]) * self.cfg.block_size
+        """The block_size + 1 tokens of the i-th sample of the whole run."""
+        T = self.cfg.block_size
+        window, chance = self.order.at(i)
+        start = window * T + int(chance * T)
+        return self.train[start:start + T + 1]
 
     def batch(self, step, micro):
         """ids, targets (batch_size, block_size) and no doc_ids, of one global micro-batch."""
-        B, T = self.cfg.batch_size, self.cfg.block_size
-        first = (step * self.cfg.gradient_accumulation_steps + micro) * B
-        rows = [self.train[s:s + T + 1] for s in map(self.window, range(first, first + B))]
-        rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        rows = np.stack([self.window(i) for i in step_rows(self.cfg, step, micro)])
+        rows = torch.from_numpy(rows.astype(np.int64))  # (batch_size, block_size + 1)
         return rows[:, :-1], rows[:, 1:], None
 
     def n_trained(self, step):
@@ -395,7 +418,6 @@ class Trainer:
         os.replace(part, path)
         for old in checkpoint_files(self.out)[2:]:
             old.unlink()
-        self.mark = max(self.mark, time.time() - 1e-9) if not self.losses else self.mark
 
     def save_model(self, name):
         """best/ or final/: what transformers, vLLM and sample.py load."""
@@ -468,16 +490,20 @@ def checkpoint_files(out):
     return sorted(files, key=lambda p: -int(p.stem[10:]))
 
 
-def find_checkpoint(cfg, data):
+def clear_run(out):
+    """Remove what an earlier run left in out."""
+    for name in ("best", "final"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for file in [*checkpoint_files(out), out / "log.jsonl", out / "run.json", out / "loss.png"]:
+        file.unlink(missing_ok=True)
+
+
+def find_checkpoint(cfg, bins):
     """The newest sound checkpoint of out_dir if this command goes on with it, else None."""
-    out, files = Path(cfg.out_dir), checkpoint_files(cfg.out_dir)
-    if cfg.overwrite and cfg.init_from != "auto":
-        if int(os.environ.get("RANK", 0)) == 0:
-            for name in ("best", "final"):
-                shutil.rmtree(out / name, ignore_errors=True)
-            for file in [*files, out / "log.jsonl", out / "run.json", out / "loss.png"]:
-                file.unlink(missing_ok=True)
-        return None
+    out = Path(cfg.out_dir)
+    if cfg.overwrite and int(os.environ.get("RANK", 0)) == 0:
+        clear_run(out)
+    files = [] if cfg.overwrite else checkpoint_files(out)
     if files and cfg.init_from == "scratch":
         raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")
     for file in files:
@@ -487,29 +513,24 @@ def find_checkpoint(cfg, data):
         except Exception as e:  # a file cut short raises almost anything
             print(f"{file} is damaged ({type(e).__name__}); trying the one before", file=sys.stderr)
             continue
-        check_resumable(cfg, data, checkpoint, file)
+        check_resumable(cfg, bins, checkpoint, file)
         print(f"going on from {file}")
         return checkpoint
     if files:
-        raise UserError(f"{out}: every checkpoint is damaged. Start anew: "
-                        "--init_from=scratch --overwrite")
+        raise UserError(f"{out}: every checkpoint is damaged. Start anew: --overwrite")
     return None
 
 
-def check_resumable(cfg, data, checkpoint, file):
+def check_resumable(cfg, bins, checkpoint, file):
     """Refuse to go on with another model, other data, another seed or other steps."""
-    old = SimpleNamespace(**checkpoint["cfg"])
-    names = ("seed", "optimizer", "init_from", *(n for n in SHAPE if hasattr(cfg, n)))
-    for name in names:
-        if getattr(cfg, name) != getattr(old, name):
-            raise UserError(f"{file} was made with {name}={getattr(old, name)}, not "
-                            f"{getattr(cfg, name)}. Choose another --out_dir for a new run")
-    if tokens_per_step(cfg) != tokens_per_step(old):
-        raise UserError(f"{file} was made with {tokens_per_step(old):,} tokens per step, not "
-                        f"{tokens_per_step(cfg):,}. Choose another --out_dir for a new run")
-    if checkpoint["data"] != data.bins.fingerprint():
-        raise UserError(f"{file} was made with other data than {data.bins.folder} holds now. "
-                        "Choose another --out_dir for a new run")
+    old, new = checkpoint["cfg"], vars(cfg) | dict(data=bins.fingerprint())
+    old["data"] = checkpoint["data"]
+    for settings in (old, new):
+        settings["rows per step"] = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    for name in ("data", "seed", "optimizer", "init_from", "rows per step", *SHAPE):
+        if name in new and new[name] != old[name]:
+            raise UserError(f"{file} was made with {name}={old[name]}, not {new[name]}. "
+                            "Choose another --out_dir for a new run, or --overwrite this one")
 
 
 def load_pretrained(path, tokenizer, dropout, block_size=0):
@@ -529,16 +550,18 @@ def load_pretrained(path, tokenizer, dropout, block_size=0):
     return model
 
 
-def make_model(cfg, data, checkpoint):
-    """A new model, one read from init_from, or the checkpoint's."""
-    if checkpoint:
-        model = GPT(GPTConfig(**checkpoint["model_config"] | dict(dropout=cfg.dropout)))
-        model.load_state_dict(checkpoint["model"])
-        return model
-    torch.manual_seed(cfg.seed)
+def restore_model(cfg, checkpoint):
+    """The checkpoint's model, with this command's dropout."""
+    model = GPT(GPTConfig(**checkpoint["model_config"] | dict(dropout=cfg.dropout)))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def make_model(cfg, bins):
+    """A new model for bins, or the one init_from names."""
     if cfg.init_from not in ("auto", "scratch"):
-        return load_pretrained(cfg.init_from, data.tokenizer, cfg.dropout, cfg.block_size)
-    n_ids = data.tokenizer.n_ids
+        return load_pretrained(cfg.init_from, bins.tokenizer, cfg.dropout, cfg.block_size)
+    n_ids = bins.tokenizer.n_ids
     try:
         return GPT(GPTConfig(
             arch=cfg.arch, vocab_size=-(-n_ids // 128) * 128, n_ids=n_ids, block_size=cfg.block_size,
@@ -548,8 +571,10 @@ def make_model(cfg, data, checkpoint):
         raise UserError(e) from e
 
 
-def check_settings(cfg):
-    """Numbers no run can use, refused before anything is loaded."""
+def check_settings(cfg, words):
+    """Words and numbers no run can use, refused before anything is loaded."""
+    if words:
+        raise UserError(f"'{words[0]}' is neither a config file (.py) nor a setting (--name=value)")
     for name in ("block_size", "batch_size", "gradient_accumulation_steps", "n_layer", "n_head",
                  "n_embd", "max_iters", "log_interval", "eval_interval", "checkpoint_interval",
                  "learning_rate"):
@@ -561,15 +586,21 @@ def check_settings(cfg):
         raise UserError(f"optimizer={cfg.optimizer} is neither adamw nor muon")
 
 
-def train(cfg, data, make_model, kind):
-    """Train make_model(cfg, data, checkpoint) on data to cfg.max_iters; False if it was done already."""
+def train(cfg, bins, make_model, make_data, kind):
+    """Train to cfg.max_iters; False if that was done already.
+
+    make_model(cfg, bins) is called for a new run only, then make_data(cfg, bins, model) for the
+    batches; kind is "base" or "chat".
+    """
     machine = set_up_machine(cfg)
-    checkpoint = find_checkpoint(cfg, data)
+    checkpoint = find_checkpoint(cfg, bins)
     if checkpoint and checkpoint["step"] >= cfg.max_iters and (Path(cfg.out_dir) / "final").is_dir():
         print(f"{cfg.out_dir} is finished at step {checkpoint['step']:,}. "
-              "A larger --max_iters goes on; another --out_dir begins anew")
+              "A larger --max_iters goes on; --overwrite begins anew")
         return False
-    Trainer(cfg, machine, make_model(cfg, data, checkpoint), data, kind, checkpoint).run()
+    torch.manual_seed(cfg.seed)
+    model = restore_model(cfg, checkpoint) if checkpoint else make_model(cfg, bins)
+    Trainer(cfg, machine, model, make_data(cfg, bins, model), kind, checkpoint).run()
     return True
 
 
@@ -584,10 +615,12 @@ def open_dataset(name):
 
 def main():
     cfg, words = configure(__file__)
-    if words:
-        raise UserError(f"'{words[0]}' is neither a config file (.py) nor a setting (--name=value)")
-    check_settings(cfg)
-    if train(cfg, TextData(open_dataset(cfg.dataset), cfg), make_model, "base"):
+    check_settings(cfg, words)
+
+    def make_data(cfg, bins, model):
+        return TextData(bins, cfg)
+
+    if train(cfg, open_dataset(cfg.dataset), make_model, make_data, "base"):
         print(f'\nnext:  python sample.py --start="数学是"\n       python sft.py config/'
               f'{"demo_sft" if cfg.dataset == "demo" else "sft_zh"}.py')
 

@@ -76,8 +76,10 @@ def read_settings(script):
     return settings
 
 
-def configure(script, argv=None, base=None, files=True):
+def configure(script, argv=None, base=None, fixed=(), files=True):
     """Settings of `script` on top of those of `base` -> (namespace, the other words of argv).
+
+    fixed: names of `base` that are no settings here, since a trained model decides them.
 
     Order: the blocks, the config files among argv (words ending in .py; with files=False none are
     looked for), then --name=value. --help prints every setting with these values and exits.
@@ -85,14 +87,15 @@ def configure(script, argv=None, base=None, files=True):
     argv = sys.argv[1:] if argv is None else argv
     settings = read_settings(base) if base else {}
     settings |= read_settings(script)
+    settings = {name: value for name, value in settings.items() if name not in fixed}
     cfg = {name: value for name, (value, _, _) in settings.items()}
     words = [a for a in argv if not a.startswith("--")]
     for path in [w for w in words if files and w.endswith(".py")]:
         words.remove(path)
-        _apply_file(cfg, path)
+        _apply_file(cfg, fixed, path)
     for arg in [a for a in argv if a.startswith("--") and a != "--help"]:
         name, given, text = arg[2:].partition("=")
-        _check_name(cfg, name, "")
+        _check_name(cfg, fixed, name, "")
         if not given and not isinstance(cfg[name], bool):
             raise UserError(f"--{name} needs a value: --{name}=...")
         cfg[name] = _parse(name, text, cfg[name]) if given else True
@@ -102,7 +105,7 @@ def configure(script, argv=None, base=None, files=True):
     return types.SimpleNamespace(**cfg), words
 
 
-def _apply_file(cfg, path):
+def _apply_file(cfg, fixed, path):
     if not Path(path).is_file():
         raise UserError(f"no config file {path}")
     try:
@@ -112,11 +115,13 @@ def _apply_file(cfg, path):
     for name, value in values.items():
         if name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
             continue
-        _check_name(cfg, name, f"{path}: ")
+        _check_name(cfg, fixed, name, f"{path}: ")
         cfg[name] = _typed(name, value, cfg[name], f"{path}: ")
 
 
-def _check_name(cfg, name, where):
+def _check_name(cfg, fixed, name, where):
+    if name in fixed:
+        raise UserError(f"{where}{name} comes from the base model and can't be set here")
     if name not in cfg:
         near = difflib.get_close_matches(name, cfg, n=2)
         hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all"

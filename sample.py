@@ -1,0 +1,181 @@
+"""Continue a text, or chat, with the newest model under out/ or any model folder or hub id.
+
+    python sample.py --start="数学是"
+    python sample.py --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=100
+    python sample.py --chat                    # /new begins anew, /quit ends
+"""
+# ---- what ----
+model = ""             # folder or hub id; "" = the newest run under out/ (with --chat: chat run)
+start = ""             # text to continue, or FILE:path
+chat = False           # talk with it instead
+system = ""            # chat: what the model is told first
+num_samples = 1        # sample i has seed + i
+starts = ""            # several texts, "|" between them: sample i continues the next in turn
+overlap = ""           # name of a prepared set: how many of the samples' Han 4-grams stand in it
+# ---- how ----
+max_new_tokens = 256
+temperature = 0.8      # 0 = always the likeliest
+top_k = 50             # of the likeliest; 0 = all
+top_p = 1.0            # of the likeliest that make up this mass
+repetition_penalty = 1.0  # above 1 discourages what was said already
+seed = 1337
+# ---- machine ----
+device = "auto"        # cuda, mps, cpu
+dtype = "auto"         # of the weights: float32, bfloat16, float16; auto: 16 bits on a GPU
+
+import codecs
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from config import UserError, configure, newest_model, run_main
+from data.bins import Bins
+from data.tokenizer import load_tokenizer
+from gpt import GPT
+from pretrain import choose_device, choose_dtype
+
+
+def load(cfg):
+    """(model ready to sample, its tokenizer)."""
+    path = cfg.model or newest_model("chat" if cfg.chat else "")
+    if not path:
+        script = "sft.py config/demo_sft.py" if cfg.chat else "pretrain.py config/demo.py"
+        raise UserError(f"no {'chat ' * cfg.chat}model under out/ yet. Run: python {script}, "
+                        "or name one: --model=FOLDER_OR_HUB_ID")
+    path = Path(path).as_posix()
+    try:
+        model = GPT.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} can't be loaded: {e}") from e
+    tok, device = load_tokenizer(path), choose_device(cfg.device)
+    if tok.n_ids > model.config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tok.n_ids} ids, its model "
+                        f"{model.config.vocab_size}")
+    auto_on_cpu = cfg.dtype == "auto" and device.type == "cpu"
+    dtype = torch.float32 if auto_on_cpu else choose_dtype(cfg.dtype, device.type)
+    model.config.n_ids = min(model.config.n_ids, tok.n_ids)
+    print(f"[{path}]", file=sys.stderr)
+    return model.to(device, dtype).eval(), tok
+
+
+def stream(model, tok, ids, cfg, seed, stop_ids):
+    """Yield the text of one continuation of ids, as it comes, in whole characters."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    ids = torch.tensor([ids], device=model.wte.weight.device)
+    for new in model.generate(ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                              cfg.repetition_penalty, stop_ids, seed):
+        if new.item() in stop_ids:
+            break
+        yield decoder.decode(tok.decode_bytes([new.item()]))
+    # bytes of a character left unfinished at max_new_tokens are not shown
+
+
+def show(pieces):
+    """Print pieces as they come; returns the whole."""
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print(flush=True)
+    return text
+
+
+def read_start(start):
+    if not start.startswith("FILE:"):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{start[5:]} is not UTF-8 (byte {e.start})") from e
+
+
+def continue_texts(model, tok, cfg):
+    """Print num_samples continuations; returns the new texts."""
+    starts, texts = cfg.starts.split("|") if cfg.starts else [read_start(cfg.start)], []
+    for i in range(cfg.num_samples):
+        start = starts[i % len(starts)]
+        ids = [tok.eot, *tok.encode(start)]  # a text begins where the one before ended
+        context = model.config.block_size
+        if len(ids) > context:
+            print(f"sample.py: the start has {len(ids):,} tokens, the context holds {context:,}: only "
+                  f"the last {context // 2:,} are read", file=sys.stderr)
+        if i:
+            print("-" * 20)
+        print(start, end="", flush=True)
+        texts.append(show(stream(model, tok, ids, cfg, cfg.seed + i, {tok.eot, tok.im_end})))
+    return texts
+
+
+def han_4grams(text):
+    """Runs of four Han characters, overlapping."""
+    return [run[i:i + 4] for run in re.findall("[\u4e00-\u9fff]{4,}", text)
+            for i in range(len(run) - 3)]
+
+
+def print_overlap(texts, name):
+    """How much of the texts the training split already holds: near 100 % is recital."""
+    bins = Bins(name)
+    known = set(han_4grams(bins.tokenizer.decode(bins.tokens("train"))))
+    grams = [g for text in texts for g in han_4grams(text)]
+    share = sum(g in known for g in grams) / max(1, len(grams))
+    broken = sum(text.count("\ufffd") for text in texts)
+    print(f"{len(texts)} samples: {share:.1%} of {len(grams):,} Han 4-grams stand in {bins.folder}; "
+          f"{broken} broken characters")
+
+
+def talk(model, tok, cfg):
+    """A chat in the terminal, or with lines from a pipe."""
+    opening = [dict(role="system", content=cfg.system)] if cfg.system else []
+    messages, turn = list(opening), 0
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError as e:
+            raise UserError(f"the question is not UTF-8 (byte {e.start})") from e
+        if question == "/quit":
+            return
+        if question == "/new":
+            messages = list(opening)
+        if not question or question == "/new":
+            continue
+        messages.append(dict(role="user", content=question))
+        ids = fit_messages(messages, opening, tok, model.config.block_size)
+        answer = show(stream(model, tok, ids, cfg, cfg.seed + turn, {tok.eot, tok.im_end}))
+        messages.append(dict(role="assistant", content=answer))
+        turn += 1
+
+
+def fit_messages(messages, opening, tok, block_size):
+    """Prompt ids; where they fill over half of the context, the oldest turns are forgotten."""
+    first = len(opening)
+    while True:
+        ids = tok.dialogue(messages) + tok.header("assistant")
+        if len(ids) <= block_size // 2 or len(messages) <= first + 1:
+            return ids
+        del messages[first:first + 2]
+
+
+def main():
+    cfg, words = configure(__file__, files=False)
+    if words:
+        raise UserError(f"'{words[0]}' is not a setting (--name=value); to continue a text: "
+                        f'--start="{words[0]}"')
+    for name, low in (("max_new_tokens", 1), ("num_samples", 1), ("temperature", 0), ("top_k", 0)):
+        if getattr(cfg, name) < low:
+            raise UserError(f"{name}={getattr(cfg, name)} must be at least {low}")
+    if not 0 < cfg.top_p <= 1 or cfg.repetition_penalty <= 0:
+        raise UserError("top_p lies in (0, 1], repetition_penalty above 0")
+    model, tok = load(cfg)
+    if cfg.chat:
+        return talk(model, tok, cfg)
+    texts = continue_texts(model, tok, cfg)
+    if cfg.overlap:
+        print_overlap(texts, cfg.overlap)
+
+
+if __name__ == "__main__":
+    run_main(main, __file__)
