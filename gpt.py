@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    arch: str = "gpt2"       # "gpt2": learned positions, LayerNorm, GELU; "qwen3": RoPE, RMSNorm, SwiGLU
+    arch: str = "gpt2"       # learned positions, LayerNorm, GELU; "qwen3": RoPE, RMSNorm, SwiGLU
     vocab_size: int = 50304  # rows of the embedding: the ids, padded up to a multiple of 128
-    n_ids: int = 0           # ids that mean something, the sampler never leaves them; 0 = vocab_size
+    n_ids: int = 0           # ids that mean something, all the sampler draws; 0 = vocab_size
     block_size: int = 1024   # longest context, in tokens
     n_layer: int = 12
     n_head: int = 12
@@ -32,7 +32,7 @@ class GPTConfig:
     n_inner: int = 0         # width inside the MLP; 0 = 4 n_embd (gpt2), 8/3 n_embd (qwen3)
     dropout: float = 0.0     # after the embedding and on what each half of a block adds
     bias: bool = True        # gpt2 only: biases in linear layers and norms
-    activation: str = "gelu_pytorch_tanh"  # gpt2 only: that, "gelu_new" (the same) or "gelu" (exact)
+    activation: str = "gelu_pytorch_tanh"  # gpt2 only; "gelu_new" is the same, "gelu" exact
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie: bool = True         # the output head is the embedding matrix
@@ -42,16 +42,17 @@ class GPTConfig:
         if self.arch not in ("gpt2", "qwen3"):
             raise ValueError(f"arch is {self.arch!r}; known are 'gpt2' and 'qwen3'")
         if self.activation not in ("gelu_pytorch_tanh", "gelu_new", "gelu"):
-            raise ValueError(f"activation is {self.activation!r}; known are the GELU forms of GPT-2")
+            raise ValueError(f"activation is {self.activation!r}; known are GPT-2's GELU forms")
         self.n_ids = self.n_ids or self.vocab_size
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        # 8/3: three matrices of this width hold as many weights as two of 4 n_embd (arXiv:2002.05202)
-        self.n_inner = self.n_inner or (round(self.n_embd / 24) * 64 if modern else 4 * self.n_embd)
+        # 8/3: three matrices so wide hold as many weights as two of 4 n_embd (arXiv:2002.05202)
+        inner = max(1, round(self.n_embd / 24)) * 64 if modern else 4 * self.n_embd
+        self.n_inner = self.n_inner or inner
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+            raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         if modern and self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs: head_dim {self.head_dim} must be even")
         if not modern and (self.n_kv_head != self.n_head or not self.tie):
@@ -62,7 +63,7 @@ class GPTConfig:
 # ---- the blocks ----
 
 def rope_table(positions, head_dim, theta):
-    """Rotary angles (arXiv:2104.09864): positions (B or 1, T) -> cos, sin (B or 1, 1, T, head_dim/2)."""
+    """Rotary angles (arXiv:2104.09864): positions (1 or B, T) -> cos, sin (1 or B, 1, T, D/2)."""
     even = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, None, :, None].float() / theta ** (even / head_dim)
     return angles.cos(), angles.sin()
@@ -76,7 +77,7 @@ def rotate(x, rope):
 
 
 class KVCache:
-    """Keys and values one attention layer has seen; (B, n_kv_head, max_len, head_dim), made once."""
+    """Keys and values one layer has seen, (B, n_kv_head, max_len, head_dim), allocated once."""
 
     def __init__(self, max_len):
         self.max_len, self.length, self.k, self.v = max_len, 0, None, None
@@ -92,6 +93,12 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        # under autocast x may have 16 bits: the fused kernel wants a weight of the same type
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -102,15 +109,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, inner_kv, bias=config.bias)
         self.o_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
         modern = config.arch == "qwen3"
-        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
         self.grouped = config.n_kv_head != config.n_head
 
     def forward(self, x, rope, mask, cache):
         B, T, C = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
@@ -149,7 +156,7 @@ class SwiGLU(nn.Module):
 
 def make_norm(config):
     if config.arch == "qwen3":
-        return nn.RMSNorm(config.n_embd, config.norm_eps)
+        return RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
@@ -231,9 +238,8 @@ def sample_next(logits, temperature, top_k, top_p, generator):
     """Draw one id a row from logits (B, V); temperature 0 takes the likeliest -> (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(-1, descending=True) if not top_k else (
-        logits / temperature).topk(min(top_k, logits.size(-1)))
-    probs = logits.softmax(-1)
+    logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # descending
+    probs = (logits / temperature).softmax(-1)
     # nucleus (arXiv:1904.09751): keep the fewest likeliest ids whose mass reaches top_p
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
     choice = torch.multinomial(probs, 1, generator=generator)
@@ -252,7 +258,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
-        self.lm_head = None if config.tie else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie else nn.Linear(config.n_embd, config.vocab_size,
+                                                         bias=False)
         self.loss_chunk = loss_chunk
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
@@ -343,11 +350,13 @@ class GPT(nn.Module):
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=ids.device)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        seen = torch.zeros(len(ids), n_ids, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+        seen = torch.zeros(len(ids), n_ids, dtype=torch.bool, device=ids.device)
+        seen.scatter_(1, ids, True)
         context, caches = ids, None
         for _ in range(max_new_tokens):
-            if caches is None or context.size(1) > block_size:
-                context = context if context.size(1) <= block_size else context[:, -(block_size // 2):]
+            if context.size(1) > block_size:
+                context, caches = context[:, -(block_size // 2):], None
+            if caches is None:
                 caches = [KVCache(block_size) for _ in self.blocks]
                 x = self.hidden(context, caches=caches)
             else:
@@ -368,7 +377,7 @@ class GPT(nn.Module):
     # ---- optimizers ----
 
     def configure_optimizers(self, optimizer, learning_rate, muon_lr, weight_decay, betas):
-        """A list of optimizers: AdamW, or AdamW and Muon (https://kellerjordan.github.io/posts/muon).
+        """AdamW, or AdamW and Muon (https://kellerjordan.github.io/posts/muon) -> list of them.
 
         Weight decay falls on the blocks' matrices only: not on norms, biases and embeddings.
         Each group keeps its peak rate as group["peak_lr"], for the schedule to scale.
@@ -379,7 +388,7 @@ class GPT(nn.Module):
         groups = [dict(params=rest, weight_decay=0.0)]
         optimizers = []
         if optimizer == "muon":
-            # match_rms_adamw makes an update as large as AdamW's, so rates mean the same (2502.16982)
+            # match_rms_adamw: updates as large as AdamW's, so rates compare (arXiv:2502.16982)
             optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay,
                                                adjust_lr_fn="match_rms_adamw"))
         elif optimizer == "adamw":
@@ -395,15 +404,14 @@ class GPT(nn.Module):
     # ---- files ----
 
     def save_pretrained(self, folder, dtype=torch.float32, **extra):
-        """Write config.json and model.safetensors as transformers has them; extra joins config.json."""
+        """Write config.json (with extra in it) and model.safetensors, as transformers has them."""
         from safetensors.torch import save_file
         folder, state, tensors = Path(folder), self.state_dict(), {}
         folder.mkdir(parents=True, exist_ok=True)
         for theirs, ours in hf_names(self.config):
-            # GPT-2 always has biases there: ours without are zeros
+            # transformers' GPT-2 always has biases: where ours has none they are zeros
             parts = [state[name] if name in state else
-                     state[name.replace(".bias", ".weight")].new_zeros(
-                         len(state[name.replace(".bias", ".weight")])) for name in ours]
+                     torch.zeros(len(state[name.replace(".bias", ".weight")])) for name in ours]
             tensor = torch.cat(parts).to(dtype)
             tensors[theirs] = (tensor.T if is_conv1d(theirs) else tensor).contiguous().cpu()
         config = hf_config(self.config) | {"dtype": str(dtype).removeprefix("torch.")} | extra
@@ -427,8 +435,9 @@ class GPT(nn.Module):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: no config.json, so not a model folder")
         try:
-            config = read_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError) as e:
+            text = (folder / "config.json").read_text(encoding="utf-8")
+            config = read_hf_config(json.loads(text))
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise ValueError(f"{folder / 'config.json'}: {e}") from e
         tensors = {}
         for file in sorted(folder.glob("*.safetensors")):
@@ -449,13 +458,15 @@ class GPT(nn.Module):
     def load_hf_tensors(self, tensors, source):
         """Copy a transformers state dict into this model, every tensor or none."""
         tensors = dict(tensors)
-        if self.config.arch == "gpt2":  # the hub's oldest files lack the prefix and hold mask buffers
-            tensors = {f"transformer.{k.removeprefix('transformer.')}": v for k, v in tensors.items()
+        if self.config.arch == "gpt2":  # the hub's oldest files lack the prefix, hold mask buffers
+            tensors = {f"transformer.{k.removeprefix('transformer.')}": t
+                       for k, t in tensors.items()
                        if not k.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}
         elif self.config.tie:
             tensors.pop("lm_head.weight", None)
         state, table = self.state_dict(), dict(hf_names(self.config))
-        missing, extra = sorted(table.keys() - tensors.keys()), sorted(tensors.keys() - table.keys())
+        missing = sorted(table.keys() - tensors.keys())
+        extra = sorted(tensors.keys() - table.keys())
         if missing or extra:
             raise ValueError(f"{source}: missing tensors {missing[:3] or 'none'} ({len(missing)}), "
                              f"unknown tensors {extra[:3] or 'none'} ({len(extra)})")
@@ -531,7 +542,7 @@ def read_hf_config(h):
     kind = h.get("model_type")
     if kind == "qwen3":
         rope = h.get("rope_parameters") or h.get("rope_scaling") or {}
-        refuse = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)}
+        needs = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"RoPE scaling {rope} is not built here")
         config = GPTConfig(
@@ -543,8 +554,8 @@ def read_hf_config(h):
             vocab_size=h["vocab_size"], tie=h.get("tie_word_embeddings", False),
             n_ids=h.get("n_ids", 0))
     elif kind == "gpt2":
-        refuse = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-                  "add_cross_attention": (False,)}
+        needs = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                 "add_cross_attention": False}
         config = GPTConfig(
             arch="gpt2", n_embd=h["n_embd"], n_layer=h["n_layer"], n_head=h["n_head"],
             n_inner=h.get("n_inner") or 0, norm_eps=h.get("layer_norm_epsilon", 1e-5),
@@ -553,7 +564,7 @@ def read_hf_config(h):
             n_ids=h.get("n_ids", 0))
     else:
         raise ValueError(f"model_type is {kind!r}; the two that work are 'gpt2' and 'qwen3'")
-    for key, allowed in refuse.items():
-        if h.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{key}={h[key]!r} is not built here")
+    for key, need in needs.items():
+        if h.get(key, need) != need:
+            raise ValueError(f"{key}={h[key]!r} is not built here, only {need!r}")
     return config

@@ -11,8 +11,8 @@ of workers and any order of paths.
 # ---- output ----
 name = ""            # folder under data/; "" = the source's name
 # ---- tokenizer ----
-tokenizer = ""       # bytebpe (trained here), qwen, gpt2, a hub id or a path; "" = qwen, demo: bytebpe,
-#                      chat: that of the newest base model under out/
+tokenizer = ""       # bytebpe (trained here), qwen, gpt2, a hub id or a path; "" = qwen, but demo:
+#                      bytebpe, and chat: that of the newest base model under out/
 vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, demo: 2,048
 # ---- split and speed ----
 val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.005, demo: 0.05
@@ -58,7 +58,7 @@ def read(jobs):
 def encode_batch(batch, tok, kind):
     """[(source, document)] -> [(source, digest, ids with <|endoftext|>, characters, bytes)].
 
-    In a text set a dialogue is its contents, a line each. ids is None where cleaning leaves nothing.
+    In a text set a dialogue is its contents, a line each. ids is None where cleaning left nothing.
     """
     rows = []
     for source, doc in batch:
@@ -114,7 +114,7 @@ def encode_all(batch_iter, tok, kind, n_workers):
             while pending:
                 yield from pending.popleft().result()
         except BrokenProcessPool as e:
-            raise UserError("a worker was killed, probably for want of memory. Try --workers=1") from e
+            raise UserError("a worker was killed, perhaps for memory. Try --workers=1") from e
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -159,7 +159,7 @@ def train_texts(jobs, threshold):
 
 
 def split_finer(out, kind, fraction, tok, splits):
-    """Split anew where whole documents by hash do not do: the end of each text, or of the dialogues."""
+    """Split anew where the hash does not do: the end of each text, or the last dialogues."""
     docs = out.documents("train") + out.documents("val")
     out.restart()
     totals = {k: splits["train"][k] + splits["val"][k] for k in ("characters", "bytes")}
@@ -167,7 +167,8 @@ def split_finer(out, kind, fraction, tok, splits):
         n_val = max(1, round(fraction * len(docs)))
         if len(docs) < 2:
             raise UserError("one dialogue can't be split into training and validation; give more")
-        parts = [(doc, doc[:0]) for doc in docs[:-n_val]] + [(doc[:0], doc) for doc in docs[-n_val:]]
+        first = len(docs) - n_val
+        parts = [(doc, doc[:0]) if i < first else (doc[:0], doc) for i, doc in enumerate(docs)]
         print(f"  few dialogues: the last {n_val} of {len(docs)} are the validation split")
     else:
         cuts = [len(doc) - max(1, min(round(fraction * len(doc)), len(doc) - 1)) for doc in docs]
@@ -208,14 +209,15 @@ def prepare(jobs, kind, name, tok, fraction, n_workers):
             splits[split]["bytes"] += n_bytes
         if not seen:
             dropped = sum((c["dropped"] for c in receipts.sources.values()), Counter())
-            raise UserError(f"no document is left for {folder}: {dict(dropped) or 'the files are empty'}")
+            why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items())
+            raise UserError(f"no document is left for {folder}: {why or 'the files are empty'}")
         if len(seen) < MIN_DOCUMENTS or not all(map(out.n_docs, SPLITS)):
             split_finer(out, kind, fraction, tok, splits)
         seconds = time.time() - began
         run = dict(command=" ".join(sys.argv), time=time.strftime("%Y-%m-%d %H:%M:%S"),
                    seconds=round(seconds, 2), workers=n_workers)
-        meta = dict(kind=kind, val_fraction=fraction, splits=splits, sources=receipts.sources, run=run)
-        out.finish(tok, meta)
+        meta = dict(kind=kind, val_fraction=fraction, splits=splits, sources=receipts.sources)
+        out.finish(tok, meta | dict(run=run))
     print(f"{folder}: {seconds:.1f} s, {tok.n_ids:,} ids ({out.dtype.name})")
     receipts.print(splits)
     return meta
@@ -268,7 +270,8 @@ def main(argv=None):
     base = newest_model("base") if kind == "chat" and not cfg.tokenizer else None
     if base:
         print(f"tokenizer: that of {base}")
-    tok = make_tokenizer(cfg.tokenizer or str(base or "qwen"), cfg.vocab_size or 16384, jobs, fraction)
+    wanted = cfg.tokenizer or str(base or "qwen")
+    tok = make_tokenizer(wanted, cfg.vocab_size or 16384, jobs, fraction)
     prepare(jobs, kind, cfg.name or source, tok, fraction, choose_workers(cfg.workers, jobs))
 
 

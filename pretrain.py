@@ -8,7 +8,7 @@ The same command, started again, goes on from the newest checkpoint.
 """
 # ---- run ----
 out_dir = "out/pretrain"  # checkpoints, log.jsonl, best/ and final/ go there
-init_from = "auto"        # auto: go on with out_dir, else anew; scratch; or a model folder or hub id
+init_from = "auto"        # auto: go on with out_dir, else anew; scratch; a model folder or hub id
 overwrite = False         # let a new run replace what is in out_dir
 seed = 1337               # decides first weights, order of data, dropout
 # ---- data ----
@@ -38,13 +38,13 @@ beta2 = 0.95
 grad_clip = 1.0           # largest norm of the gradient; 0 = no limit
 # ---- watching ----
 log_interval = 10         # steps
-eval_interval = 250       # steps between evaluations, each with samples; a new best goes to best/
+eval_interval = 250       # steps between evaluations, with samples; a new best goes to best/
 eval_tokens = 262_144     # the first tokens of val.bin that are evaluated; 0 = all
 checkpoint_interval = 250
-sample_start = "数学是|长江"  # beginnings of texts to continue at each evaluation, "|" between them
+sample_start = "数学是|长江"  # texts to continue at each evaluation, "|" between them
 # ---- machine ----
 device = "auto"           # cuda, cuda:1, mps, cpu; auto takes the first of these that is there
-dtype = "auto"            # float32, bfloat16, float16; auto: 16 bits where the hardware computes them
+dtype = "auto"            # float32, bfloat16, float16; auto: 16 bits where hardware does them
 compile = False           # torch.compile: worth its minute on a GPU
 
 import json
@@ -131,7 +131,7 @@ class Shuffle:
         self.n, self.seed, self.epoch = n, seed, None
 
     def at(self, i):
-        """(the item, a random number in [0, 1) that its whole epoch shares), from (seed, i) alone."""
+        """(the item, a number in [0, 1) its whole epoch shares): random, by (seed, i) alone."""
         if self.epoch != i // self.n:
             self.epoch = i // self.n
             rng = np.random.default_rng([self.seed, self.epoch])
@@ -154,13 +154,13 @@ class TextData:
 
     def __init__(self, bins, cfg):
         if bins.kind != "text":
-            raise UserError(f"{bins.folder} holds dialogues; pretrain.py takes a text set, sft.py those")
+            raise UserError(f"{bins.folder} holds dialogues: those are for sft.py")
         self.bins, self.cfg, self.tokenizer = bins, cfg, bins.tokenizer
         self.train, self.val = bins.tokens("train"), bins.tokens("val")
         self.windows = (len(self.train) - cfg.block_size) // cfg.block_size
         if self.windows < 1:
-            raise UserError(f"{bins.folder}/train.bin has {len(self.train):,} tokens: too few for one "
-                            f"window of block_size={cfg.block_size} and its shift")
+            raise UserError(f"{bins.folder}/train.bin has {len(self.train):,} tokens: too few for "
+                            f"a window of block_size={cfg.block_size} and its shift")
         self.order = Shuffle(self.windows, cfg.seed)
 
     def window(self, i):
@@ -196,7 +196,7 @@ class TextData:
             yield x[i:i + self.cfg.batch_size], y[i:i + self.cfg.batch_size], None
 
     def scores(self, loss):
-        """Mean loss in nats per token -> also in bits per byte and per character of the val text."""
+        """Mean loss, nats per token -> also in bits per byte and per character of the val text."""
         val = self.bins.meta["splits"]["val"]
         bits = loss / math.log(2) * val["tokens"]
         return dict(val_loss=loss, bpb=bits / val["bytes"], bpc=bits / val["characters"])
@@ -245,7 +245,7 @@ class Trainer:
         self.mark, self.losses, self.seconds = time.time(), [], 0.0
         while True:
             done = self.step >= cfg.max_iters
-            if self.step != self.resumed_at:  # else both were done before the checkpoint was written
+            if self.step != self.resumed_at:  # else both were done before that checkpoint
                 if self.step % cfg.eval_interval == 0 or done:
                     self.evaluate()
                 if self.step and (self.step % cfg.checkpoint_interval == 0 or done):
@@ -284,7 +284,8 @@ class Trainer:
             self.scaler.unscale_(opt)
             for group in opt.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
+        limit = self.cfg.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         # under float16 an overflow anywhere skips both optimizers, or one would run ahead
         if not self.scaler.is_enabled() or norm.isfinite():
             for opt in self.optimizers:
@@ -542,8 +543,8 @@ def load_pretrained(path, tokenizer, dropout, block_size=0):
     theirs = load_tokenizer(str(path))
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"the set was made with another tokenizer (sha256 {tokenizer.fingerprint[:8]}) than {path} "
-            f"has ({theirs.fingerprint[:8]}). Prepare it again with --tokenizer={path}")
+            f"the set was made with another tokenizer (sha256 {tokenizer.fingerprint[:8]}) than "
+            f"{path} has ({theirs.fingerprint[:8]}). Prepare it again with --tokenizer={path}")
     if theirs.n_ids > model.config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {theirs.n_ids} ids, its model "
                         f"{model.config.vocab_size}")
@@ -564,9 +565,8 @@ def make_model(cfg, bins):
     n_ids = bins.tokenizer.n_ids
     try:
         return GPT(GPTConfig(
-            arch=cfg.arch, vocab_size=-(-n_ids // 128) * 128, n_ids=n_ids, block_size=cfg.block_size,
-            n_layer=cfg.n_layer, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head, n_embd=cfg.n_embd,
-            n_inner=cfg.n_inner, dropout=cfg.dropout, bias=cfg.bias))
+            vocab_size=-(-n_ids // 128) * 128, n_ids=n_ids, dropout=cfg.dropout,
+            **{name: getattr(cfg, name) for name in SHAPE}))
     except ValueError as e:
         raise UserError(e) from e
 
@@ -594,7 +594,8 @@ def train(cfg, bins, make_model, make_data, kind):
     """
     machine = set_up_machine(cfg)
     checkpoint = find_checkpoint(cfg, bins)
-    if checkpoint and checkpoint["step"] >= cfg.max_iters and (Path(cfg.out_dir) / "final").is_dir():
+    done = checkpoint and checkpoint["step"] >= cfg.max_iters
+    if done and (Path(cfg.out_dir) / "final").is_dir():
         print(f"{cfg.out_dir} is finished at step {checkpoint['step']:,}. "
               "A larger --max_iters goes on; --overwrite begins anew")
         return False

@@ -99,8 +99,8 @@ def continue_texts(model, tok, cfg):
         ids = [tok.eot, *tok.encode(start)]  # a text begins where the one before ended
         context = model.config.block_size
         if len(ids) > context:
-            print(f"sample.py: the start has {len(ids):,} tokens, the context holds {context:,}: only "
-                  f"the last {context // 2:,} are read", file=sys.stderr)
+            print(f"sample.py: the start has {len(ids):,} tokens, the context holds {context:,}: "
+                  f"only the last {context // 2:,} are read", file=sys.stderr)
         if i:
             print("-" * 20)
         print(start, end="", flush=True)
@@ -121,8 +121,8 @@ def print_overlap(texts, name):
     grams = [g for text in texts for g in han_4grams(text)]
     share = sum(g in known for g in grams) / max(1, len(grams))
     broken = sum(text.count("\ufffd") for text in texts)
-    print(f"{len(texts)} samples: {share:.1%} of {len(grams):,} Han 4-grams stand in {bins.folder}; "
-          f"{broken} broken characters")
+    print(f"{len(texts)} samples: {share:.1%} of {len(grams):,} Han 4-grams stand in "
+          f"{bins.folder}; {broken} broken characters")
 
 
 def talk(model, tok, cfg):

@@ -137,8 +137,8 @@ def make_model(cfg, bins):
     """The base model that init_from names, or the newest one."""
     base = newest_model("base") if cfg.init_from == "auto" else Path(cfg.init_from)
     if base is None or cfg.init_from == "scratch":
-        raise UserError("there is no base model under out/ to start from. Run pretrain.py first, or "
-                        "name one: --init_from=FOLDER_OR_HUB_ID")
+        raise UserError("there is no base model under out/ to start from. Run pretrain.py first, "
+                        "or name one: --init_from=FOLDER_OR_HUB_ID")
     print(f"base model: {base}")
     return pretrain.load_pretrained(base.as_posix(), bins.tokenizer, cfg.dropout)
 

@@ -61,15 +61,15 @@ def newest_model(kind="", root="out"):
 
 
 def read_settings(script):
-    """The block of a script: {name: (default, comment, section)} in order, up to its first import."""
+    """A script's block, up to its first import: {name: (default, comment, section)} in order."""
     source = Path(script).read_text(encoding="utf-8")
-    lines, settings, section = source.splitlines(), {}, ""
-    sections = {i: line.strip("#- ") for i, line in enumerate(lines, 1) if line.startswith("# ----")}
+    lines, settings = source.splitlines(), {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
             break
         if isinstance(node, ast.Assign):
-            section = sections.get(max((i for i in sections if i < node.lineno), default=0), section)
+            above = reversed(lines[:node.lineno])
+            section = next((line.strip("#- ") for line in above if line.startswith("# ----")), "")
             value = eval(compile(ast.Expression(node.value), script, "eval"), {"__builtins__": {}})
             comment = lines[node.end_lineno - 1].partition("  # ")[2]
             settings[node.targets[0].id] = (value, comment, section)

@@ -1,4 +1,4 @@
-"""Prepared sets on disk, data/<name>/: token ids without a header, where documents start, meta.json.
+"""Prepared sets on disk, data/<name>/: token ids, where documents start, and what they are.
 
     train.bin val.bin   ids, little-endian uint16 (up to 65,536 ids) or uint32; np.memmap reads them
     train.idx val.idx   uint64: index of each document's first token, and the total at the end
@@ -69,7 +69,8 @@ class BinWriter:
         """The documents written so far, as arrays."""
         self.files[split].flush()
         tokens = np.fromfile(self.folder / f"{split}.bin.part", dtype=self.dtype)
-        return np.split(tokens, np.array(self.starts[split][1:-1], dtype=np.int64))
+        ends = self.starts[split][1:]
+        return np.split(tokens, np.array(ends, dtype=np.int64))[:len(ends)]
 
     def restart(self):
         """Forget every document, to write them anew."""
@@ -131,8 +132,8 @@ class Bins:
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise self._bad(f"tokenizer.json can't be read ({type(e).__name__}: {e})") from e
         if self.tokenizer.fingerprint != self.meta["tokenizer"]:
-            raise self._bad(f"tokenizer.json (sha256 {self.tokenizer.fingerprint[:8]}) is not the one "
-                            f"that made the bins ({self.meta['tokenizer'][:8]})")
+            have, want = self.tokenizer.fingerprint[:8], self.meta["tokenizer"][:8]
+            raise self._bad(f"tokenizer.json (sha256 {have}) is not what made the bins ({want})")
 
     def _bad(self, what):
         return UserError(f"{self.folder}: {what}. Prepare it again: python prepare.py SOURCE "

@@ -142,14 +142,14 @@ def is_chat(path):
 SOURCES = {
     "wiki": ("text", read_wiki, is_wiki, "the folders AA/, AB/, ... of wiki_zh_2019"),
     "text": ("text", read_text, is_text, ".txt files, or .jsonl with a key 'text'; also .gz, .xz"),
-    "chat": ("chat", read_chat, is_chat, '.jsonl lines like {"messages": [{"role": "user", ...}]}'),
+    "chat": ("chat", read_chat, is_chat, '.jsonl lines: {"messages": [{"role", "content"}]}'),
 }
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
 def clean(text):
-    """NFC, plain newlines, no control characters, no blanks at line ends, one blank line at most."""
+    """NFC, plain newlines, no control characters, no blanks at line ends, one empty line a gap."""
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
     text = CONTROL.sub("", text)
     text = re.sub(r"[ \t\u3000]+\n", "\n", text)

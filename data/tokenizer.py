@@ -13,8 +13,8 @@ import numpy as np
 
 from config import UserError
 
-QWEN_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_REGEX = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 HUB_NAMES = {"qwen": "Qwen/Qwen2-0.5B", "gpt2": "openai-community/gpt2"}
@@ -65,7 +65,7 @@ class Tokenizer:
         self.assistant_header = np.array([self.im_start, *self.encode("assistant\n")])
 
     def _known_regex(self, merges):
-        """The splitting regex if tiktoken, given it, makes the same ids as `tokenizers`; or None."""
+        """The splitting regex if tiktoken, given it, makes the ids that `tokenizers` does; or None."""
         model, pre = self.spec["model"], self.spec.get("pre_tokenizer") or {}
         rules = pre.get("pretokenizers", [pre])
         last, vocab = rules[-1], model["vocab"]
@@ -76,9 +76,9 @@ class Tokenizer:
         # tiktoken merges the pair whose result has the lowest id: merges must stand in that order,
         # and nothing else may be in the vocabulary but the 256 bytes.
         made = [vocab.get(a + b, -1) for a, b in merges]
-        plain = (model["type"] == "BPE" and not model.get("dropout") and not model.get("unk_token")
-                 and not model.get("byte_fallback") and not model.get("continuing_subword_prefix")
-                 and not model.get("end_of_word_suffix"))
+        plain = model["type"] == "BPE" and not any(model.get(k) for k in (
+            "dropout", "unk_token", "byte_fallback", "continuing_subword_prefix",
+            "end_of_word_suffix"))
         ordered = all(a < b for a, b in zip([-1, *made], made))
         complete = len(vocab.keys() - self.specials.keys()) == len(made) + 256
         known = regex in (QWEN_REGEX, GPT2_REGEX) and self.spec.get("normalizer") in (
@@ -97,7 +97,7 @@ class Tokenizer:
 
     def _tokenizers(self):
         import tokenizers
-        print("tokenizer: its form is not one tiktoken can take over; the slower `tokenizers` is used")
+        print("tokenizer: tiktoken can't take this form over; the slower `tokenizers` is used")
         slow = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
         slow.encode_special_tokens = True
         return slow
@@ -130,7 +130,7 @@ class Tokenizer:
         return ids
 
     def trained(self, ids):
-        """Which tokens of ChatML ids are trained: assistant content and its <|im_end|> -> bool array.
+        """Which of ChatML ids are trained: assistant content and its <|im_end|> -> bool array.
 
         Read off the ids by matching the whole header; no text can make the control ids.
         """
@@ -177,17 +177,18 @@ def load_tokenizer(name):
     """The Tokenizer of "qwen", "gpt2", a hub id or a path: tokenizer.json or a folder with one (a
     model, a prepared set), a .tiktoken file, or a folder with vocab.json and merges.txt."""
     path = Path(name)
-    if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / "vocab.json").is_file():
-        return _from_vocab_and_merges(path)
-    if path.is_dir():
+    if path.is_dir() and not (path / "vocab.json").is_file() or (path / "tokenizer.json").is_file():
         path = path / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         # what looks like a path, and is none, is a slip of the pen and not a hub id
-        if name not in HUB_NAMES and (path.suffix or name.count("/") != 1 or Path(name).exists()
-                                      or name.split("/")[0] in ("data", "out", ".", "..")):
-            raise UserError(f"--tokenizer={name}: no such file, and not a hub id like Qwen/Qwen2-0.5B")
+        if name not in HUB_NAMES and (path.suffix or name.count("/") != 1
+                                      or path.parent.is_dir()):
+            raise UserError(f"tokenizer {name}: no such file, and not a hub id like "
+                            "Qwen/Qwen2-0.5B")
         path = _download(HUB_NAMES.get(name, name))
     try:
+        if path.is_dir():
+            return _from_vocab_and_merges(path)
         if path.suffix == ".tiktoken":
             return _from_tiktoken(path)
         return Tokenizer(json.loads(path.read_text(encoding="utf-8")))
@@ -201,8 +202,9 @@ def _download(hub_id):
         return Path(hf_hub_download(hub_id, "tokenizer.json"))
     except (OSError, ValueError) as e:
         raise UserError(
-            f"tokenizer {hub_id} can't be had from the hub ({type(e).__name__}). Set HF_ENDPOINT to "
-            "a mirror, give a local path (--tokenizer=PATH), or train one: --tokenizer=bytebpe") from e
+            f"tokenizer {hub_id} can't be had from the hub ({type(e).__name__}). Set HF_ENDPOINT "
+            "to a mirror, give a local path (--tokenizer=PATH), or train one: "
+            "--tokenizer=bytebpe") from e
 
 
 def _spec(vocab, merges, regex):

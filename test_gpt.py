@@ -1,0 +1,297 @@
+"""The laws of the model, and of the road from raw text to a chat model."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt import GPT, GPTConfig, linear_cross_entropy
+
+ROOT = Path(__file__).parent
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
+SHAPES = {
+    "gpt2": dict(arch="gpt2", vocab_size=256, n_ids=250, block_size=48, n_layer=3, n_head=4,
+                 n_embd=32),
+    "gpt2 without bias": dict(arch="gpt2", vocab_size=128, block_size=32, n_layer=2, n_head=2,
+                              n_embd=48, bias=False),
+    "gpt2 exact gelu": dict(arch="gpt2", vocab_size=128, block_size=32, n_layer=2, n_head=2,
+                            n_embd=32, n_inner=80, activation="gelu"),
+    "qwen3": dict(arch="qwen3", vocab_size=256, n_ids=250, block_size=48, n_layer=3, n_head=4,
+                  n_embd=32, norm_eps=1e-6),
+    "qwen3 grouped": dict(arch="qwen3", vocab_size=256, block_size=64, n_layer=2, n_head=6,
+                          n_kv_head=2, head_dim=16, n_embd=48, rope_theta=1e6),
+    "qwen3 untied": dict(arch="qwen3", vocab_size=384, block_size=32, n_layer=1, n_head=2,
+                         n_kv_head=1, n_embd=64, n_inner=96, tie=False),
+}
+both = pytest.mark.parametrize("arch", ["gpt2", "qwen3 grouped"])
+
+
+def make(shape, scale=8.0, **changes):
+    """A model with random weights far from the initial ones, norms and biases included."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**SHAPES[shape] | changes)).eval()
+    for p in model.parameters():
+        p.data += torch.randn_like(p) * (0.02 * scale)
+    return model
+
+
+def random_ids(model, B, T, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.n_ids, (B, T), generator=generator)
+
+
+# ---- equal to transformers ----
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_those_of_transformers(shape, tmp_path):
+    from transformers import AutoModelForCausalLM
+    model = make(shape)
+    model.save_pretrained(tmp_path)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = random_ids(model, 3, model.config.block_size)
+    with torch.no_grad():
+        ours, want = model(ids), theirs.eval()(ids).logits
+    assert want.std() > 0.5  # not near nothing
+    torch.testing.assert_close(ours, want, rtol=0, atol=1e-4)
+
+
+@both
+def test_greedy_tokens_equal_those_of_transformers(arch, tmp_path):
+    from transformers import AutoModelForCausalLM
+    model = make(arch, block_size=128, n_ids=0)
+    if model.wpe is not None:
+        model.wpe.weight.data *= 10  # else every token repeats itself
+    model.save_pretrained(tmp_path, eos_token_id=None, bos_token_id=None)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = random_ids(model, 2, 9)
+    ours = torch.stack(list(model.generate(ids, 64, temperature=0)), dim=1)
+    want = theirs.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=0)[:, 9:]
+    assert len(ours.unique()) > 8
+    assert torch.equal(ours, want)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_saved_model_loads_as_the_same_model(shape, tmp_path):
+    model = make(shape)
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path).eval()
+    assert again.config == model.config
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_model_made_by_transformers_loads(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=100, n_positions=20, n_embd=24, n_layer=2, n_head=3))
+    qwen = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=100, hidden_size=32, intermediate_size=40, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=20))
+    for i, theirs in enumerate((gpt2.eval(), qwen.eval())):
+        theirs.save_pretrained(tmp_path / str(i))
+        ours = GPT.from_pretrained(tmp_path / str(i)).eval()
+        ids = random_ids(ours, 2, 20)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, what", [
+    (dict(model_type="llama"), "llama"), (dict(attention_bias=True), "attention_bias"),
+    (dict(use_sliding_window=True), "use_sliding_window"), (dict(hidden_size=64), "shape"),
+    (dict(rope_parameters=dict(rope_type="yarn")), "yarn"), (dict(num_hidden_layers=9), "missing"),
+    (dict(num_hidden_layers=1), "unknown"), (dict(hidden_size="x"), "config.json")])
+def test_a_folder_that_does_not_fit_is_refused(change, what, tmp_path):
+    make("qwen3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=what):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_import_gpt_alone_imports_nothing_heavy():
+    code = ("import sys, torch; before = set(sys.modules); import gpt; "
+            "ours = {'transformers', 'matplotlib', 'tqdm', 'safetensors', 'data', 'config'}; "
+            "assert not ours & (set(sys.modules) - before), ours & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gpt_py_is_ascii():
+    (ROOT / "gpt.py").read_bytes().decode("ascii")
+
+
+# ---- the loss ----
+
+def plain_loss(model, ids, targets):
+    logits = model(ids)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                           reduction="sum")
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_chunked_loss_equals_the_plain_one(arch, rows):
+    model = make(arch)
+    ids, targets = random_ids(model, 4, 24), random_ids(model, 4, 24, seed=1)
+    targets[0, :20] = targets[2] = -1
+    (plain_loss(model, ids, targets) * 0.37).backward()
+    want = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    x = model.hidden(ids).flatten(0, 1)
+    loss = linear_cross_entropy(x, model.head, targets.flatten(), rows * model.config.vocab_size)
+    assert loss.item() == pytest.approx(plain_loss(model, ids, targets).item(), rel=1e-5)
+    (loss * 0.37).backward()
+    for name, p in model.named_parameters():
+        # softmax ignores what shifts all of a query's scores: k_proj.bias has no gradient but noise
+        scale = want[name.replace("k_proj.bias", "v_proj.bias")].abs().max()
+        torch.testing.assert_close(p.grad, want[name], rtol=1e-5, atol=1e-5 * scale.item())
+
+
+def test_chunked_loss_under_autocast_is_near_the_plain_one():
+    model = make("qwen3", scale=1)
+    ids, targets = random_ids(model, 4, 48), random_ids(model, 4, 48, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, n = model(ids, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32 and n == 4 * 48
+    assert loss.item() == pytest.approx(plain_loss(model, ids, targets).item(), rel=1e-3)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_batch_without_targets_has_loss_and_gradients_zero():
+    model = make("gpt2")
+    loss, n = model(random_ids(model, 2, 8), torch.full((2, 8), -1))
+    loss.backward()
+    assert loss.item() == 0 and n == 0
+    assert all(p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_loss_needs_no_gradient_memory_without_grad():
+    model = make("gpt2")
+    with torch.no_grad():
+        loss, _ = model(random_ids(model, 2, 8), random_ids(model, 2, 8, seed=1))
+    assert not loss.requires_grad and loss > 0
+
+
+# ---- attention ----
+
+@both
+def test_a_packed_row_gives_the_logits_of_each_document_alone(arch):
+    model = make(arch)
+    lengths = [5, 1, 17, 9]
+    ids = random_ids(model, 2, sum(lengths))
+    doc_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(2, -1)
+    packed = model(ids, doc_ids=doc_ids)
+    alone = torch.cat([model(part) for part in ids.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-4)
+
+
+@both
+def test_no_position_sees_a_later_one(arch):
+    model = make(arch)
+    ids = random_ids(model, 1, 20)
+    changed = ids.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % model.config.n_ids
+    before, after = model(ids), model(changed)
+    torch.testing.assert_close(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+# ---- generation ----
+
+def uncached(model, ids, steps):
+    """Greedy, the whole context read anew for each token; past block_size its last half is kept."""
+    context, new = ids, []
+    for _ in range(steps):
+        if context.size(1) > model.config.block_size:
+            context = context[:, -(model.config.block_size // 2):]
+        new.append(model(context)[:, -1, :model.config.n_ids].argmax(-1))
+        context = torch.cat((context, new[-1][:, None]), dim=1)
+    return torch.stack(new, dim=1)
+
+
+@both
+@pytest.mark.parametrize("prompt", [1, 10, 47, 48, 49, 130])
+def test_cached_generation_equals_uncached_past_the_context_too(arch, prompt):
+    model = make(arch, block_size=48)
+    ids = random_ids(model, 2, prompt)
+    cached = torch.stack(list(model.generate(ids, 120, temperature=0)), dim=1)
+    assert torch.equal(cached, uncached(model, ids, 120))
+
+
+def test_several_tokens_may_extend_a_cache():
+    from gpt import KVCache
+    model = make("qwen3 grouped")
+    ids = random_ids(model, 2, 20)
+    caches = [KVCache(64) for _ in model.blocks]
+    parts = [model(part, caches=caches) for part in ids.split([7, 1, 5, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=0, atol=1e-4)
+
+
+def test_sampling_repeats_with_its_seed_and_stays_within_the_ids():
+    model = make("gpt2", scale=0.0)  # near-uniform: 6 of the 256 rows are padding
+    ids = random_ids(model, 64, 1)
+    draw = [torch.stack(list(model.generate(ids, 40, seed=s)), dim=1) for s in (5, 5, 6)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    assert draw[0].max() < 250 and len(draw[0].unique()) > 200
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    from gpt import sample_next
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(2000, -1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(sample_next(logits, 1.0, 2, 1.0, generator).tolist()) == {1, 2}
+    p = logits[0].softmax(-1)
+    mass = (p[1] + p[2]).item() + 0.01
+    assert set(sample_next(logits, 1.0, 0, mass, generator).tolist()) == {1, 2, 3}
+    assert set(sample_next(logits, 1.0, 0, 0.01, generator).tolist()) == {1}
+    share = (sample_next(logits, 1.0, 0, 1.0, generator) == 1).float().mean()
+    assert share.item() == pytest.approx(p[1].item(), abs=0.05)
+
+
+def test_repetition_penalty_equals_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+    model = make("qwen3")
+    ids = random_ids(model, 1, 12)
+    new = list(model.generate(ids, 20, temperature=0, repetition_penalty=1.7))
+    penalise, context = RepetitionPenaltyLogitsProcessor(1.7), ids
+    for token in new:
+        logits = model(context)[:, -1, :model.config.n_ids]
+        assert token == penalise(context, logits).argmax(-1)
+        context = torch.cat((context, token[:, None]), dim=1)
+
+
+def test_a_row_ends_with_its_stop_id_and_the_batch_with_its_last_row():
+    model = make("gpt2")
+    ids = random_ids(model, 8, 3)
+    free = torch.stack(list(model.generate(ids, 30, temperature=0)), dim=1)
+    stop = int(free[0, 4])
+    stopped = torch.stack(list(model.generate(ids, 30, temperature=0, stop_ids=[stop])), dim=1)
+    for row, full in zip(stopped.tolist(), free.tolist()):
+        end = full.index(stop) + 1 if stop in full else len(full)
+        assert row == (full[:end] + [-1] * 30)[:len(row)]
+
+
+# ---- optimizers ----
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(optimizer):
+    model = make("gpt2")
+    groups = [g for o in model.configure_optimizers(optimizer, 1e-3, 1e-2, 0.1, (0.9, 0.95))
+              for g in o.param_groups]
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [names[id(p)] for g in groups for p in g["params"]]
+    assert sorted(held) == sorted(names.values())
+    for group in groups:
+        for p in group["params"]:
+            matrix = names[id(p)].startswith("blocks.") and p.dim() == 2
+            assert (group["weight_decay"] > 0) == matrix, names[id(p)]

@@ -1,0 +1,363 @@
+"""The laws of the data stage: tokenizers, bins, cleaning, splits, receipts."""
+import gzip
+import json
+import lzma
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, one_line, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import UserError
+from data.bins import Bins
+from data.sources import clean
+from data.tokenizer import IM_END, IM_START, Tokenizer, load_tokenizer, train_bytebpe
+
+QWEN = SHARED / "tokenizers"
+needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="no ../shared/tokenizers here")
+RAW = ROOT / "data" / "demo" / "raw"
+HOSTILE = [
+    "", " ", "\n", "a", "数学是什么？", "你好，world! 123456 ３４５", "👩‍👩‍👧‍👦🏳️‍🌈 emoji 😀", "𠮷野家 龘靐齉 㐀 𪚥", "é café",
+    "<|im_start|>user\n<|im_end|><|endoftext|>", "<|im_start", "<tool_call>x</tool_call><|fim_prefix|>",
+    "a\r\nb\rc\n\n\n d\t\te  \n", "I'll WE'VE don't 'S", "ﬁ ｱ ﾊﾟ 각 각", "\u200b\u200d\ufeff\u2028",
+    "的" * 3000, " " * 300 + "x", "1" * 100, "$$$___---", "مرحبا हिन्दी ไทย", "\x00\x1f\x7f", "ΐ ΰ Å"]
+
+
+def demo_texts():
+    for file in sorted(RAW.rglob("wiki_0*")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)["text"]
+    for line in (RAW / "chat.jsonl").read_text(encoding="utf-8").splitlines():
+        yield from (m["content"] for m in json.loads(line)["messages"])
+
+
+def auto_tokenizer(tok, folder):
+    from transformers import AutoTokenizer
+    tok.save(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+
+
+def check_equal_to_transformers(tok, folder, texts):
+    theirs = auto_tokenizer(tok, folder)
+    assert tok.fast is not None
+    for text in texts:
+        assert tok.encode(text) == theirs.encode(text, add_special_tokens=False), repr(text[:80])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return train_bytebpe(list(demo_texts()), 1024)
+
+
+# ---- tokenizers ----
+
+def test_an_own_tokenizer_equals_transformers(small, tmp_path):
+    check_equal_to_transformers(small, tmp_path, [*demo_texts(), *HOSTILE])
+
+
+@needs_qwen
+def test_qwens_tokenizer_equals_transformers(tmp_path):
+    tok = load_tokenizer(str(QWEN / "qwen2_5"))
+    assert tok.n_ids == 151_665 and tok.eot == 151_643 and tok.im_start == 151_644
+    check_equal_to_transformers(tok, tmp_path, [*demo_texts(), *HOSTILE])
+
+
+@needs_qwen
+def test_the_tiktoken_file_gives_the_same_ids_and_merges():
+    ours, theirs = (load_tokenizer(str(QWEN / p)) for p in ("qwen.tiktoken", "qwen2_5/tokenizer.json"))
+    assert ours.n_ids == 151_646
+    as_pairs = [m.split(" ") if isinstance(m, str) else m for m in theirs.spec["model"]["merges"]]
+    assert ours.spec["model"]["merges"] == as_pairs
+    for text in HOSTILE:
+        assert ours.encode(clean(text)) == theirs.encode(clean(text))
+
+
+def test_gpt2s_own_form_goes_through_tiktoken_and_equals_tokenizers(small, tmp_path):
+    spec = json.loads(json.dumps(small.spec))
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                             "use_regex": True}
+    check_equal_to_transformers(Tokenizer(spec), tmp_path, HOSTILE)
+
+
+def test_vocab_and_merges_files_make_a_tokenizer(small, tmp_path):
+    model = small.spec["model"]
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    tok = load_tokenizer(str(tmp_path))
+    assert tok.fingerprint == small.fingerprint
+    assert all(tok.encode(t) == small.encode(t) for t in HOSTILE)
+
+
+def test_another_form_goes_through_tokenizers_and_says_so(small, capsys):
+    spec = json.loads(json.dumps(small.spec))
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}|\P{L}+"
+    tok = Tokenizer(spec)
+    assert "tokenizers" in capsys.readouterr().out
+    for text in demo_texts():
+        assert tok.decode(tok.encode(text)) == text
+        break
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_decoding_gives_the_text_back_and_never_a_control_token(text):
+    tok = shared_tokenizer()
+    ids = tok.encode(clean(text))
+    assert tok.decode(ids) == clean(text)
+    assert not set(ids) & set(tok.specials.values())
+
+
+def shared_tokenizer(cache=[]):
+    if not cache:
+        cache.append(train_bytebpe(list(demo_texts())[:200], 600))
+    return cache[0]
+
+
+def test_training_a_tokenizer_repeats_exactly(small):
+    assert train_bytebpe(list(demo_texts()), 1024).fingerprint == small.fingerprint
+    assert small.n_ids == 1024
+
+
+def test_a_dialogue_equals_the_chat_template_of_transformers(small, tmp_path):
+    theirs = auto_tokenizer(small, tmp_path)
+    theirs.split_special_tokens = False
+    for line in (RAW / "chat.jsonl").read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        want = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert small.dialogue(messages) == want
+    want = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True,
+                                      return_dict=False)
+    assert small.dialogue(messages) + small.header("assistant") == want
+
+
+def test_only_answers_and_their_ends_are_trained(small):
+    hostile = f"{IM_END}\n{IM_START}assistant\nno"
+    messages = [dict(role="system", content="assistant\n"), dict(role="user", content=hostile),
+                dict(role="assistant", content=" 甲 "), dict(role="user", content="assistant"),
+                dict(role="assistant", content=""), dict(role="user", content="乙"),
+                dict(role="assistant", content=f"丙{IM_END}丁")]
+    ids = np.array(small.dialogue(messages) + [small.eot])
+    mask = small.trained(ids)
+    pieces = np.split(ids[mask], np.flatnonzero(ids[mask] == small.im_end) + 1)
+    assert [small.decode(p) for p in pieces] == [
+        f"甲{IM_END}", IM_END, f"丙{IM_END}丁{IM_END}", ""]
+    assert (ids == small.im_start).sum() == len(messages)
+
+
+@pytest.mark.parametrize("name, what", [
+    ("no/such/file.json", "no such file"), ("data", "no such file"), ("Some/Model", "HF_ENDPOINT")])
+def test_a_tokenizer_that_is_not_there_is_one_line(name, what, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    done = run(tmp_path, "prepare.py", "text", ROOT / "data/demo/raw/chat.jsonl",
+               f"--tokenizer={name}")
+    one_line(done, what)
+
+
+def test_a_damaged_tokenizer_file_is_one_line(tmp_path):
+    for text in ("", "{}", "[1]", '{"model": {"vocab": {}}}', '{"model": {"type": "BPE", "vocab": 3}}'):
+        (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="tokenizer.json"):
+            load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+# ---- prepare.py ----
+
+def prepare(folder, *words):
+    done = run(folder, "prepare.py", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def documents(bins, split):
+    starts, tokens = bins.starts(split), bins.tokens(split)
+    return [tokens[a:b] for a, b in zip(starts, starts[1:])]
+
+
+def books_add_up(meta):
+    for source in meta["sources"].values():
+        assert source["read"] == source["written"] + sum(source["dropped"].values())
+    written = sum(s["written"] for s in meta["sources"].values())
+    return written
+
+
+def test_the_demo_sets_hold_every_entry_and_dialogue(demo):
+    text, chat = Bins("demo", demo / "data"), Bins("demo_chat", demo / "data")
+    assert text.meta["sources"]["wiki"]["read"] == 764 and chat.meta["sources"]["chat"]["read"] == 819
+    assert text.tokenizer.fingerprint == chat.tokenizer.fingerprint
+    for bins in (text, chat):
+        docs = documents(bins, "train") + documents(bins, "val")
+        assert len(docs) == books_add_up(bins.meta)
+        assert all(doc[-1] == bins.tokenizer.eot for doc in docs)
+        assert sum(len(doc) for doc in docs) == sum(s["tokens"] for s in bins.meta["splits"].values())
+    assert text.meta["sources"]["wiki"]["dropped"] == chat.meta["sources"]["chat"]["dropped"] == {}
+
+
+def test_what_is_held_out_of_one_demo_set_is_not_trained_in_the_other(demo):
+    text, chat = Bins("demo", demo / "data"), Bins("demo_chat", demo / "data")
+    seen = text.tokenizer.decode(text.tokens("train"))
+    for doc in documents(chat, "val"):
+        answers = chat.tokenizer.decode(doc[chat.tokenizer.trained(doc)]).split(IM_END)
+        assert answers[0] not in seen
+
+
+def test_bins_do_not_depend_on_workers_or_order(tmp_path):
+    files = []
+    for i in range(4):
+        files.append(tmp_path / f"{i}.jsonl")
+        files[-1].write_text("".join(json.dumps({"text": f"{t}{i}"}) + "\n" for t in demo_texts()),
+                             encoding="utf-8")
+    common = ("--tokenizer=bytebpe", "--vocab_size=400", "--name=x")
+    results = []
+    for words in ((*files, "--workers=1"), (*files[::-1], "--workers=2")):
+        prepare(tmp_path, "text", *words, *common)
+        folder = tmp_path / "data" / "x"
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta.pop("run")
+        results.append((meta, {p.name: p.read_bytes() for p in folder.iterdir()
+                               if p.name != "meta.json"}))
+        shutil.rmtree(folder)
+    assert results[0] == results[1]
+
+
+def test_every_kind_of_file_and_every_loss_is_counted(tmp_path):
+    raw = tmp_path / "raw"
+    (raw / "sub").mkdir(parents=True)
+    lines = [json.dumps({"text": f"第{i}篇文章，讲述一件小事。"}, ensure_ascii=False) for i in range(40)]
+    lines += ["{broken", '{"body": 1}', "[]", lines[0], '{"text": " \\u0000 "}', "", "1" * 5000]
+    body = "\n".join(lines).encode()
+    (raw / "a.jsonl").write_bytes(body + b"\n\xff\xfe\n")
+    (raw / "sub" / "b.txt").write_bytes("\ufeff一个\r\n文件".encode())
+    (raw / "c.txt").write_bytes(b"\xff\xfeabc")
+    (raw / "empty.txt").write_bytes(b"")
+    (raw / "d.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "压缩的"}).encode()))
+    (raw / "e.txt.xz").write_bytes(lzma.compress("另一种压缩".encode()))
+    (raw / "cut.jsonl.gz").write_bytes(gzip.compress(body)[:-30])
+    (raw / "picture.png").write_bytes(b"\x89PNG")
+    done = prepare(tmp_path, "text", raw, "--tokenizer=bytebpe", "--vocab_size=300", "--name=x")
+    assert f"{raw}/a.jsonl:41: not JSON" in done.stderr.replace("\\", "/")
+    bins = Bins("x", tmp_path / "data")
+    counts = bins.meta["sources"]["text"]
+    assert books_add_up(bins.meta) == counts["written"] == 43
+    dropped = counts["dropped"]
+    assert dropped["not JSON"] >= 1 and dropped["no text"] >= 3 and dropped["not UTF-8"] == 2
+    assert dropped["empty"] >= 2 and dropped["duplicate"] >= 1 and dropped["unreadable file"] == 1
+    assert counts["files"] == 7
+    whole = [bins.tokenizer.decode(d[:-1]) for s in ("train", "val") for d in documents(bins, s)]
+    assert "一个\n文件" in whole and "压缩的" in whole and "另一种压缩" in whole
+
+
+def test_a_few_documents_are_split_at_their_ends(tmp_path):
+    texts = ["甲" * 400, "乙丙" * 300, "丁戊己" * 200]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+    prepare(tmp_path, "text", tmp_path / "0.txt", tmp_path / "1.txt", tmp_path / "2.txt",
+            "--tokenizer=bytebpe", "--vocab_size=260", "--name=x", "--val_fraction=0.1")
+    bins = Bins("x", tmp_path / "data")
+    pairs = zip(documents(bins, "train"), documents(bins, "val"), strict=True)
+    raw = [(bins.tokenizer.decode_bytes(a[:-1]) + bins.tokenizer.decode_bytes(b[:-1])).decode()
+           for a, b in pairs]
+    assert sorted(raw) == sorted(texts)
+    totals = bins.meta["splits"]
+    assert sum(s["characters"] for s in totals.values()) == sum(map(len, texts))
+    assert sum(s["bytes"] for s in totals.values()) == len("".join(texts).encode())
+    assert totals["val"]["tokens"] == pytest.approx(0.1 * len(bins.tokens("train")), rel=0.2)
+
+
+def test_a_few_dialogues_are_split_whole(tmp_path):
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"问{i}"},
+                                      {"role": "assistant", "content": f"答{i}"}]}) for i in range(5)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prepare(tmp_path, "chat", tmp_path / "c.jsonl", "--tokenizer=bytebpe", "--vocab_size=270")
+    bins = Bins("chat", tmp_path / "data")
+    assert [len(documents(bins, s)) for s in ("train", "val")] == [4, 1]
+    (tmp_path / "c.jsonl").write_text(lines[0], encoding="utf-8")
+    done = run(tmp_path, "prepare.py", "chat", tmp_path / "c.jsonl", "--tokenizer=bytebpe",
+               "--vocab_size=270", "--name=y")
+    one_line(done, "one dialogue")
+    assert not list((tmp_path / "data" / "y").iterdir())
+
+
+def test_dialogues_that_cannot_be_trained_on_are_dropped_by_reason(tmp_path):
+    good = [{"messages": [{"role": "user", "content": f"{i}"},
+                          {"role": "assistant", "content": f"是{i}"}]} for i in range(30)]
+    bad = [{}, {"messages": []}, {"messages": "x"}, {"messages": [1]}, {"messages": [{"role": "user"}]},
+           {"messages": [{"role": "tool", "content": "x"}]},
+           {"messages": [{"role": "user", "content": "x"}]},
+           {"messages": [{"role": "assistant", "content": "  "}]}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, good + bad)), encoding="utf-8")
+    prepare(tmp_path, "chat", tmp_path / "c.jsonl", "--tokenizer=bytebpe", "--vocab_size=300")
+    bins = Bins("chat", tmp_path / "data")
+    assert books_add_up(bins.meta) == 30
+    assert bins.meta["sources"]["chat"]["dropped"] == {
+        "no messages": 5, "unknown role": 1, "no answer": 2}
+
+
+@pytest.mark.parametrize("words, what", [
+    ((), "name a source"), (("nonsense",), "nonsense"), (("text",), "data/raw/text"),
+    (("text", "missing"), "missing: no such file"), (("text", "."), "no file of this kind"),
+    (("demo", "x"), "takes no path"), (("demo", "--vocab_sise=3"), "Did you mean vocab_size?"),
+    (("demo", "--vocab_size=abc"), "vocab_size='abc' is not of type int"),
+    (("demo", "--vocab_size"), "needs a value"), (("demo", "--vocab_size=100"), "too small"),
+    (("demo", "--val_fraction=1.5"), "val_fraction"), (("demo", "--workers=-1"), "workers")])
+def test_what_prepare_cannot_do_is_one_line(words, what, tmp_path):
+    one_line(run(tmp_path, "prepare.py", *words), "prepare.py: ", what)
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.part"))
+
+
+def test_an_empty_corpus_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
+    done = run(tmp_path, "prepare.py", "text", tmp_path / "a.txt", "--tokenizer=bytebpe",
+               "--vocab_size=260")
+    one_line(done, "no document is left", "1 empty")
+    assert not list((tmp_path / "data" / "text").iterdir())
+
+
+# ---- readers refuse what does not match ----
+
+@pytest.mark.parametrize("damage, what", [
+    (lambda f: (f / "meta.json").unlink(), "not prepared"),
+    (lambda f: (f / "meta.json").write_text("{", encoding="utf-8"), "meta.json can't be read"),
+    (lambda f: (f / "train.bin").write_bytes(b"12"), "train.bin has 2 bytes"),
+    (lambda f: (f / "val.idx").unlink(), "val.idx"),
+    (lambda f: (f / "tokenizer.json").write_text("{}", encoding="utf-8"), "tokenizer.json"),
+    (lambda f: shared_tokenizer().save(f), "is not what made the bins")])
+def test_a_set_that_does_not_match_its_meta_is_refused(damage, what, demo, tmp_path):
+    folder = tmp_path / "demo"
+    shutil.copytree(demo / "data" / "demo", folder)
+    damage(folder)
+    with pytest.raises(UserError, match=what):
+        Bins("demo", tmp_path)
+
+
+def test_ids_that_do_not_fit_the_set_are_refused(tmp_path):
+    from data.bins import BinWriter
+    with BinWriter(tmp_path / "x", 100) as out, pytest.raises(ValueError, match="id 100"):
+        out.add("train", [1, 100])
+
+
+@given(st.lists(st.lists(st.integers(0, 70_000), min_size=1, max_size=30), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_documents_written_are_the_documents_read(docs):
+    import tempfile
+    from data.bins import BinWriter
+    tok = shared_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        with BinWriter(f"{folder}/x", 70_001) as out:
+            for doc in docs:
+                out.add("train", doc)
+            out.add("val", [0])
+            out.finish(tok, dict(kind="text", splits=dict(train={}, val={})))
+        bins = Bins("x", folder)
+        assert [d.tolist() for d in documents(bins, "train")] == docs
+        del bins
+
+
+@given(st.text())
+@settings(max_examples=300, deadline=None)
+def test_cleaning_twice_changes_nothing(text):
+    assert clean(clean(text)) == clean(text)
