@@ -1,0 +1,16 @@
+"""A GPT-2-sized base model of Chinese on the wiki set (python prepare.py wiki), Qwen's tokenizer."""
+out_dir = "out/pretrain_zh"
+dataset = "wiki"
+arch = "gpt2"
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 256
+batch_size = 8
+gradient_accumulation_steps = 32  # 8 * 32 * 256 = 65,536 tokens a step
+optimizer = "adamw"
+learning_rate = 6e-4              # 1e-5 as peak reached 8.71 where 1e-3 reached 7.44
+min_lr = 6e-5
+warmup_iters = 200
+max_iters = 10_000                # 655M tokens
+weight_decay = 0.1

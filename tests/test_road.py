@@ -1,0 +1,377 @@
+"""The laws of the road: training that resumes exactly, fine-tuning, sampling, and plain refusals."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENV, ROOT, one_line, run
+
+import pretrain
+import sft
+from config import UserError, configure
+from data.bins import Bins
+from gpt import GPT
+
+torch.set_num_threads(1)
+TINY = ["--dataset=demo", "--arch=qwen3", "--n_layer=2", "--n_head=2", "--n_embd=32",
+        "--block_size=32", "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=20",
+        "--eval_interval=5", "--checkpoint_interval=3", "--log_interval=1", "--eval_tokens=1000",
+        "--dropout=0.2", "--warmup_iters=3", "--learning_rate=0.01", "--sample_start=数学"]
+
+
+def settings(*words):
+    return configure(pretrain.__file__, [*TINY, *words])[0]
+
+
+def chat_settings(*words):
+    words = ["--dataset=demo_chat", "--batch_size=4", "--max_iters=10", *words]
+    cfg = configure(sft.__file__, words, base=pretrain.__file__, fixed=pretrain.SHAPE)[0]
+    cfg.block_size = 128
+    return cfg
+
+
+def weights(folder):
+    return (folder / "final" / "model.safetensors").read_bytes()
+
+
+def curve(folder):
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [(e["step"], e.get("loss"), e.get("val_loss"), e.get("grad_norm")) for e in entries]
+
+
+def train(place, *words):
+    done = run(place, "pretrain.py", *TINY, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def base(demo, tmp_path_factory):
+    """A folder with the demo sets and a finished tiny base run in out/tiny."""
+    place = tmp_path_factory.mktemp("base")
+    (place / "data").mkdir()
+    for name in ("demo", "demo_chat"):
+        (place / "data" / name).symlink_to(demo / "data" / name)
+    train(place, "--out_dir=out/tiny", "--block_size=128", "--max_iters=12")
+    return place
+
+
+# ---- pretraining ----
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_killed_three_times_ends_with_the_same_weights(optimizer, place):
+    words = (f"--optimizer={optimizer}", "--out_dir=out/a")
+    train(place, *words)
+    killed = [sys.executable, str(ROOT / "pretrain.py"), *TINY, words[0], "--out_dir=out/b"]
+    for at in ("step 2/", "step 8/", "step 16/"):
+        process = subprocess.Popen(killed, cwd=place, env=ENV, stdout=subprocess.PIPE, text=True,
+                                   encoding="utf-8")
+        assert any(line.startswith(at) for line in process.stdout)  # reads on until that line
+        process.kill()
+        process.communicate()
+    assert "going on from" in train(place, words[0], "--out_dir=out/b").stdout
+    assert weights(place / "out/a") == weights(place / "out/b")
+    assert curve(place / "out/a") == curve(place / "out/b")
+
+
+def test_a_checkpoint_cut_short_gives_way_to_the_one_before(place):
+    train(place, "--out_dir=out/a")
+    shutil.copytree(place / "out/a", place / "out/b")
+    newest, older = pretrain.checkpoint_files(place / "out/b")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    done = train(place, "--out_dir=out/b")
+    assert newest.name in done.stderr and "damaged" in done.stderr
+    assert f"going on from out/b/{older.name}" in done.stdout.replace("\\", "/")
+    assert weights(place / "out/a") == weights(place / "out/b")
+    for file in pretrain.checkpoint_files(place / "out/b"):
+        file.write_bytes(b"")
+    one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/b"), "every checkpoint is damaged")
+
+
+def test_a_finished_run_says_so_and_may_be_made_longer(base, place):
+    shutil.copytree(base / "out/tiny", place / "out/tiny")
+    words = ("--out_dir=out/tiny", "--block_size=128", "--max_iters=12")
+    assert "is finished at step 12" in train(place, *words).stdout
+    assert "steps 12 to 14" in train(place, *words[:2], "--max_iters=14").stdout
+    assert [e[0] for e in curve(place / "out/tiny") if e[1]] == list(range(1, 15))
+
+
+def test_only_two_checkpoints_are_kept_and_the_models_load(base):
+    out = base / "out/tiny"
+    assert [f.name for f in pretrain.checkpoint_files(out)] == ["ckpt_step_12.pt", "ckpt_step_9.pt"]
+    assert not list(out.glob("*.part"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    for name in ("best", "final"):
+        ours = GPT.from_pretrained(out / name).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32)
+        ids = AutoTokenizer.from_pretrained(out / name)("数学是", return_tensors="pt").input_ids
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+        assert theirs.generation_config.do_sample is True
+    run_json = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert run_json["kind"] == "base" and run_json["finished"] == 12
+
+
+def test_best_is_the_evaluation_with_the_lowest_loss(base):
+    from safetensors.torch import load_file
+    out = base / "out/tiny"
+    losses = [e[2] for e in curve(out) if e[2]]
+    assert losses.index(min(losses)) == len(losses) - 1  # so early, the last is the best
+    best, final = (load_file(out / n / "model.safetensors") for n in ("best", "final"))
+    assert all(torch.equal(best[k], final[k]) for k in final)
+
+
+def test_an_epoch_holds_every_window_once_and_the_next_is_cut_elsewhere(demo):
+    data = pretrain.TextData(Bins("demo", demo / "data"), settings())
+    T, W = 32, data.windows
+    epochs = [[data.order.at(e * W + i) for i in range(W)] for e in (0, 1)]
+    assert [sorted(w for w, _ in e) for e in epochs] == [list(range(W))] * 2
+    assert epochs[0] != epochs[1] and epochs[0][0][1] != epochs[1][0][1]
+    assert all(len(data.window(i)) == T + 1 for i in range(2 * W))
+    again = pretrain.TextData(Bins("demo", demo / "data"), settings())
+    for step in (0, 900, 7):  # in any order
+        for a, b in zip(data.batch(step, 1)[:2], again.batch(step, 1)[:2]):
+            assert torch.equal(a, b)
+
+
+def test_accumulated_gradients_equal_one_batch(demo):
+    grads = []
+    for words in (("--batch_size=8", "--gradient_accumulation_steps=1"), ()):
+        cfg = settings("--dropout=0", *words)
+        bins = Bins("demo", demo / "data")
+        torch.manual_seed(0)
+        trainer = pretrain.Trainer(cfg, pretrain.set_up_machine(cfg), pretrain.make_model(cfg, bins),
+                                   pretrain.TextData(bins, cfg), "base", None)
+        kept = {}
+        trainer.update = lambda: kept.update(
+            {n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+        loss, _ = trainer.train_step()
+        grads.append((loss, kept))
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-6, atol=0)
+    norm = math.sqrt(sum(g.square().sum() for g in grads[0][1].values()))
+    for name, g in grads[0][1].items():
+        assert (g - grads[1][1][name]).norm() <= 1e-6 * norm, name
+
+
+def test_val_loss_predicts_every_token_once_in_bits_per_byte(demo):
+    cfg, bins = settings("--eval_tokens=0"), Bins("demo", demo / "data")
+    data, val = pretrain.TextData(bins, cfg), bins.tokens("val")
+    batches = list(data.val_batches())
+    targets = torch.cat([y.flatten() for _, y, _ in batches])
+    assert targets[targets >= 0].tolist() == val.tolist()
+    inputs = torch.cat([x.flatten() for x, _, _ in batches])
+    assert inputs[0] == bins.tokenizer.eot and inputs[1:len(val)].tolist() == val[:-1].tolist()
+    text = bins.tokenizer.decode(val[val != bins.tokenizer.eot])
+    scores = data.scores(2.0)
+    assert scores["bpb"] == pytest.approx(2 / math.log(2) * len(val) / len(text.encode()))
+    assert scores["bpc"] == pytest.approx(2 / math.log(2) * len(val) / len(text))
+
+
+def test_two_processes_train_as_one(place):
+    words = ["--dropout=0", "--max_iters=20", "--checkpoint_interval=20"]
+    train(place, *words, "--out_dir=out/one")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(ROOT / "pretrain.py"), *TINY, *words, "--out_dir=out/two"],
+        cwd=place, env=ENV, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = curve(place / "out/one"), curve(place / "out/two")
+    assert len(one) == len(two) == 25
+    for a, b in zip(one, two):
+        assert a[0] == b[0]
+        assert (a[1] or a[2]) == pytest.approx(b[1] or b[2], rel=1e-5)
+
+
+def test_float16_skips_both_optimizers_where_a_gradient_overflows(demo):
+    cfg, bins = settings("--optimizer=muon"), Bins("demo", demo / "data")
+    trainer = pretrain.Trainer(cfg, pretrain.set_up_machine(cfg), pretrain.make_model(cfg, bins),
+                               pretrain.TextData(bins, cfg), "base", None)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.scaler.scale(trainer.model(*trainer.data.batch(0, 0))[0]).backward()
+    trainer.model.wte.weight.grad[3] = math.inf
+    trainer.update()
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    assert trainer.scaler.get_scale() == 2.0
+    trainer.train_step()
+    assert not any(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+# ---- fine-tuning ----
+
+def test_packing_holds_every_item_once_and_overfills_no_row():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, 500).tolist()
+    rows = sft.pack(lengths, 128)
+    assert sorted(i for row in rows for i in row) == list(range(500))
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    assert max(sums) <= 128 and sum(sums) / (len(rows) * 128) > 0.98
+
+
+def test_packed_rows_train_exactly_the_answers(demo):
+    bins = Bins("demo_chat", demo / "data")
+    cfg, tok = chat_settings(), bins.tokenizer
+    data = sft.ChatData(bins, cfg)
+    trained = []
+    for n in range(len(data.rows["train"])):
+        x, y, doc_ids = data.row("train", n)
+        assert len(x) == 128 and (np.diff(doc_ids) >= 0).all()
+        for k in range(doc_ids.max() + 1):
+            a, b = np.flatnonzero(doc_ids == k)[[0, -1]]
+            if (y[a:b + 1] >= 0).any():
+                assert x[a] == tok.im_start
+                kept = y[a:b + 1] >= 0
+                assert (y[a:b][kept[:-1]] == x[a + 1:b + 1][kept[:-1]]).all()
+        trained.append(y[y >= 0])
+    want = [ids[tok.trained(ids)] for ids in data.dialogues["train"]]
+    assert sorted(np.concatenate(trained)) == sorted(np.concatenate(want))
+    n = data.n_trained(3)
+    assert n == sum(int((data.batch(3, m)[1] >= 0).sum()) for m in range(4)) and n > 0
+
+
+def test_a_long_dialogue_is_cut_behind_a_message_or_dropped(demo):
+    tok = Bins("demo_chat", demo / "data").tokenizer
+    turn = [dict(role="user", content="问"), dict(role="assistant", content="答")]
+    one, many = (np.array(tok.dialogue(turn * n) + [tok.eot]) for n in (1, 4))
+    assert len(sft.fit(many, tok, len(many))) == len(many)
+    cut = sft.fit(many, tok, len(many) - 3)
+    assert cut[-1] == tok.im_end and tok.trained(cut).any() and len(cut) < len(many) - 2
+    assert len(sft.fit(many, tok, len(one) // 2)) == 0
+
+
+def test_fine_tuning_goes_from_base_to_chat_and_resumes_exactly(base, place):
+    shutil.copytree(base / "out", place / "out")
+    words = ["--dataset=demo_chat", "--max_iters=8", "--eval_interval=4", "--checkpoint_interval=3",
+             "--batch_size=4", "--gradient_accumulation_steps=2", "--dropout=0.2", "--log_interval=1"]
+    done = run(place, "sft.py", *words, "--out_dir=out/a")
+    assert done.returncode == 0, done.stderr
+    assert "base model: out/tiny/best" in done.stdout.replace("\\", "/")
+    process = subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *words, "--out_dir=out/b"],
+                               cwd=place, env=ENV, stdout=subprocess.PIPE, text=True,
+                               encoding="utf-8")
+    assert any(line.startswith("step 5/") for line in process.stdout)
+    process.kill()
+    process.communicate()
+    done = run(place, "sft.py", *words, "--out_dir=out/b")
+    assert "going on from" in done.stdout, done.stderr
+    assert weights(place / "out/a") == weights(place / "out/b")
+    generation = json.loads((place / "out/a/best/generation_config.json").read_text(encoding="utf-8"))
+    tok = Bins("demo_chat", place / "data").tokenizer
+    assert generation["eos_token_id"] == [tok.im_end, tok.eot]
+    answer = run(place, "sample.py", "--chat", "--max_new_tokens=5", input="你好\n/new\n再见\n")
+    assert answer.returncode == 0 and len(answer.stdout.splitlines()) >= 2
+    one_line(run(place, "sft.py", *words, "--n_layer=3"), "n_layer comes from the base model")
+
+
+def test_a_set_of_another_vocabulary_is_refused(base, place):
+    shutil.copytree(base / "out", place / "out")
+    chat = ROOT / "data/demo/raw/chat.jsonl"
+    done = run(place, "prepare.py", "chat", chat, "--tokenizer=bytebpe", "--vocab_size=500")
+    assert done.returncode == 0, done.stderr
+    one_line(run(place, "sft.py", "--dataset=chat"), "another tokenizer", "--tokenizer=out/tiny/best")
+    done = run(place, "prepare.py", "chat", chat)
+    assert "tokenizer: that of out/tiny/best" in done.stdout.replace("\\", "/"), done.stderr
+
+
+# ---- sampling ----
+
+def test_sampling_takes_the_newest_model_and_repeats_with_its_seed(base):
+    words = ("--start=数学是", "--max_new_tokens=20", "--num_samples=2", "--seed=3")
+    first, second = (run(base, "sample.py", *words) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout and first.stdout.startswith("数学是")
+    assert "out/tiny/best" in first.stderr.replace("\\", "/")
+    one, two = first.stdout.split("-" * 20)
+    assert one.strip() != two.strip()
+
+
+def test_a_text_longer_than_the_context_is_cut_and_said(base, tmp_path):
+    (tmp_path / "long.txt").write_text("长江" * 300, encoding="utf-8")
+    done = run(base, "sample.py", f"--start=FILE:{tmp_path / 'long.txt'}", "--max_new_tokens=150")
+    assert done.returncode == 0 and "only the last 64 are read" in done.stderr, done.stderr
+    assert done.stdout.startswith("长江" * 300)
+
+
+def test_streamed_text_equals_the_text_decoded_at_once(base):
+    import sample
+    cfg = configure(sample.__file__, [f"--model={base / 'out/tiny/best'}"], files=False)[0]
+    model, tok = sample.load(cfg)
+    ids = tok.encode("数学")
+    text = "".join(sample.stream(model, tok, ids, cfg, 1, {tok.eot}))
+    new = [t.item() for t in model.generate(torch.tensor([ids]), 256, 0.8, 50, stop_ids=[tok.eot],
+                                            seed=1)]
+    whole = tok.decode_bytes([i for i in new if i != tok.eot])
+    assert "\ufffd" in text  # so early there are broken characters, each shown once
+    assert whole.decode("utf-8", errors="replace").startswith(text)
+
+
+# ---- refusals ----
+
+@pytest.mark.parametrize("words, what", [
+    (("--learning_rat=1",), "Did you mean learning_rate?"), (("--n_layer=two",), "not of type int"),
+    (("--n_layer=1.5",), "not of type int"), (("--bias=3",), "not of type bool"),
+    (("--out_dir",), "--out_dir needs a value"), (("word",), "'word' is neither"),
+    (("missing.py",), "no config file missing.py"), (("--dataset=none",), "data/none is not prepared"),
+    (("--dataset=demo_chat",), "sft.py"), (("--block_size=1000000",), "too few for a window"),
+    (("--batch_size=0",), "batch_size=0"), (("--n_head=3",), "not a multiple of n_head 3"),
+    (("--arch=llama",), "'llama'"), (("--optimizer=sgd",), "sgd"), (("--dtype=int8",), "int8"),
+    (("--device=tpu9",), "tpu9"), (("--init_from=no/such",), "no/such"), (("--dropout=1",), "dropout")])
+def test_what_pretrain_cannot_do_is_one_line(words, what, place):
+    done = run(place, "pretrain.py", *TINY, *words)
+    one_line(done, "pretrain.py: ", what)
+    assert not list(place.glob("out/*/*"))
+
+
+def test_a_run_is_not_resumed_with_other_settings(base, place):
+    shutil.copytree(base / "out/tiny", place / "out/tiny")
+    words = ["--out_dir=out/tiny", "--block_size=128", "--max_iters=30"]
+    for change, what in (("--n_layer=3", "n_layer=2, not 3"), ("--seed=5", "seed="),
+                         ("--batch_size=2", "rows per step=8, not 4"),
+                         ("--optimizer=muon", "optimizer="), ("--init_from=scratch", "--overwrite")):
+        one_line(run(place, "pretrain.py", *TINY, *words, change), what)
+    done = train(place, *words, "--n_layer=1", "--overwrite", "--max_iters=2")
+    assert "steps 0 to 2" in done.stdout
+
+
+def test_config_files_and_their_mistakes(place):
+    (place / "a.py").write_text("import math\nbatch_size = 2 * 2\nlearning_rate = 1\n_x = 3\n",
+                                encoding="utf-8")
+    cfg, words = configure(pretrain.__file__, [str(place / "a.py"), "--batch_size=6", "--compile",
+                                               "--sample_start=--x=1+1=", "--seed=-3"])
+    assert (cfg.batch_size, cfg.learning_rate, cfg.compile, words) == (6, 1.0, True, [])
+    assert (cfg.sample_start, cfg.seed) == ("--x=1+1=", -3)
+    for text, what in (("batch_sise = 3", "Did you mean batch_size"), ("n_layer = 'x'", "type int"),
+                       ("1/0", "ZeroDivisionError"), ("a b", "SyntaxError")):
+        (place / "b.py").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=what):
+            configure(pretrain.__file__, [str(place / "b.py")])
+    shown = run(place, "pretrain.py", "a.py", "--help").stdout
+    assert "--batch_size=4 " in shown and "sequences per micro-batch" in shown
+    for name in ("demo", "pretrain_zh"):
+        configure(pretrain.__file__, [str(ROOT / f"config/{name}.py")])
+    for name in ("demo_sft", "sft_zh"):
+        configure(sft.__file__, [str(ROOT / f"config/{name}.py")], base=pretrain.__file__,
+                  fixed=pretrain.SHAPE)
+
+
+@pytest.mark.parametrize("words, what", [
+    (("--start=x",), "no model under out/ yet"), (("--chat",), "no chat model"),
+    (("--model=nowhere",), "nowhere can't be loaded"), (("--start=FILE:no.txt",), "no model"),
+    (("x",), '--start="x"'), (("--top_p=0",), "top_p"), (("--num_samples=0",), "num_samples")])
+def test_what_sample_cannot_do_is_one_line(words, what, tmp_path):
+    one_line(run(tmp_path, "sample.py", *words), "sample.py: ", what)
+
+
+def test_a_damaged_model_folder_is_one_line(base, tmp_path):
+    for name, text in (("config.json", "{"), ("model.safetensors", "xx"), ("tokenizer.json", "{}"),
+                       ("config.json", '{"model_type": "llama"}')):
+        shutil.copytree(base / "out/tiny/best", tmp_path / "m")
+        (tmp_path / "m" / name).write_text(text, encoding="utf-8")
+        one_line(run(tmp_path, "sample.py", "--model=m"), "m")
+        shutil.rmtree(tmp_path / "m")
+    one_line(run(base, "sample.py", "--start=FILE:no.txt"), "no.txt")
