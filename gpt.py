@@ -246,6 +246,60 @@ def sample_next(logits, temperature, top_k, top_p, generator):
     return order.gather(-1, choice)[:, 0]
 
 
+# ---- Muon ----
+
+def orthogonalize(g, steps=5):
+    """About U V^T of each matrix g = U S V^T, (n, rows, columns) float32, by Newton-Schulz.
+
+    Every step is a polynomial of g g^T, so all of them work on the smaller of the two Gram matrices
+    and g is multiplied once, at the end. Coefficients: https://kellerjordan.github.io/posts/muon
+    """
+    tall = g.size(-2) > g.size(-1)
+    x = g.mT if tall else g
+    gram = x @ x.mT
+    norm2 = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] + 1e-14
+    gram, total = gram / norm2, None
+    eye = torch.eye(gram.size(-1), device=g.device)
+    for _ in range(steps):
+        p = 3.4445 * eye - 4.7750 * gram + 2.0315 * (gram @ gram)
+        total = p if total is None else p @ total
+        gram = p @ gram @ p
+    x = total @ x / norm2.sqrt()
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose direction is orthogonalized, for matrices only.
+
+    The same update as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): as large as AdamW's, so that
+    rates and weight decay compare (arXiv:2502.16982). That one works matrix by matrix in bfloat16,
+    which a CPU without bfloat16 instructions does 25 times slower than this; here matrices of one
+    shape are multiplied together, in float32.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                directions = []
+                for p in params:
+                    state, grad = self.state[p], p.grad.float()
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(grad)
+                    state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+                    directions.append(grad.lerp(state["momentum_buffer"], group["momentum"]))
+                step_size = group["lr"] * 0.2 * max(shape) ** 0.5
+                for p, u in zip(params, orthogonalize(torch.stack(directions))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u * step_size)
+
+
 # ---- the model ----
 
 class GPT(nn.Module):
@@ -261,18 +315,17 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie else nn.Linear(config.n_embd, config.vocab_size,
                                                          bias=False)
         self.loss_chunk = loss_chunk
-        self.apply(self._init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                # 2 n_layer terms add up in the residual stream: keep its variance (GPT-2, 2.3)
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.init_weights()
 
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def init_weights(self):
+        """Blocks begin as the identity: what they add to the residual stream starts at zero."""
+        for name, p in self.named_parameters():
+            if name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith(("o_proj.weight", "down_proj.weight", ".bias")):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.5 / math.sqrt(p.size(1)))  # 0.018 at 768, as GPT-2's 0.02
 
     @property
     def head(self):
@@ -377,7 +430,7 @@ class GPT(nn.Module):
     # ---- optimizers ----
 
     def configure_optimizers(self, optimizer, learning_rate, muon_lr, weight_decay, betas):
-        """AdamW, or AdamW and Muon (https://kellerjordan.github.io/posts/muon) -> list of them.
+        """A list of optimizers: "adamw" for all, or "muon" for the blocks' matrices beside it.
 
         Weight decay falls on the blocks' matrices only: not on norms, biases and embeddings.
         Each group keeps its peak rate as group["peak_lr"], for the schedule to scale.
@@ -388,9 +441,7 @@ class GPT(nn.Module):
         groups = [dict(params=rest, weight_decay=0.0)]
         optimizers = []
         if optimizer == "muon":
-            # match_rms_adamw: updates as large as AdamW's, so rates compare (arXiv:2502.16982)
-            optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay,
-                                               adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(Muon(matrices, muon_lr, weight_decay))
         elif optimizer == "adamw":
             groups.append(dict(params=matrices, weight_decay=weight_decay))
         else:

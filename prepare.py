@@ -13,7 +13,7 @@ name = ""            # folder under data/; "" = the source's name
 # ---- tokenizer ----
 tokenizer = ""       # bytebpe (trained here), qwen, gpt2, a hub id or a path; "" = qwen, but demo:
 #                      bytebpe, and chat: that of the newest base model under out/
-vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, demo: 2,048
+vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, demo: 4,096
 # ---- split and speed ----
 val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.005, demo: 0.05
 workers = 0          # processes that tokenise; 0 = one a core, fewer for little text
@@ -242,7 +242,7 @@ def prepare_demo(cfg):
     chat = ("chat", [DEMO / "chat.jsonl"])
     text = [("wiki", find_files([DEMO / "wiki_zh"], SOURCES["wiki"][2])), chat]
     fraction = cfg.val_fraction or 0.05
-    tok = make_tokenizer(cfg.tokenizer or "bytebpe", cfg.vocab_size or 2048, text, fraction)
+    tok = make_tokenizer(cfg.tokenizer or "bytebpe", cfg.vocab_size or 4096, text, fraction)
     base = cfg.name or "demo"
     for jobs, kind, name in ((text, "text", base), ([chat], "chat", base + "_chat")):
         prepare(jobs, kind, name, tok, fraction, choose_workers(cfg.workers, jobs))

@@ -283,6 +283,38 @@ def test_a_row_ends_with_its_stop_id_and_the_batch_with_its_last_row():
 
 # ---- optimizers ----
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 80), (2, 80, 16)])
+def test_orthogonalize_brings_every_singular_value_near_one(shape):
+    from gpt import orthogonalize
+    torch.manual_seed(0)
+    g = torch.randn(shape) * 1e-3
+    u, s, vt = torch.linalg.svd(g, full_matrices=False)
+    out = orthogonalize(g)
+    rotated = u.mT @ out @ vt.mT
+    values = rotated.diagonal(dim1=-2, dim2=-1)
+    large = s > 0.05 * s.max()
+    assert values[large].min() > 0.5 and values.max() < 1.3
+    assert (rotated - torch.diag_embed(values)).abs().max() < 1e-3  # the singular vectors stay
+
+
+def test_muon_steps_as_that_of_torch_but_for_its_bfloat16():
+    from gpt import Muon
+    torch.manual_seed(0)
+    shapes = [(24, 24), (24, 24), (64, 24), (24, 64)]
+    start = [torch.randn(s) for s in shapes]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    a = Muon(ours, lr=0.02, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, s in zip(ours, theirs, start):
+        assert ((p - q).norm() / (q - s).norm()) < 0.02
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(optimizer):
     model = make("gpt2")
