@@ -260,10 +260,10 @@ def orthogonalize(g, steps=5):
     norm2 = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] + 1e-14
     gram, total = gram / norm2, None
     eye = torch.eye(gram.size(-1), device=g.device)
-    for _ in range(steps):
+    for step in range(steps):
         p = 3.4445 * eye - 4.7750 * gram + 2.0315 * (gram @ gram)
         total = p if total is None else p @ total
-        gram = p @ gram @ p
+        gram = p @ gram @ p if step < steps - 1 else None
     x = total @ x / norm2.sqrt()
     return x.mT if tall else x
 
@@ -435,19 +435,17 @@ class GPT(nn.Module):
         Weight decay falls on the blocks' matrices only: not on norms, biases and embeddings.
         Each group keeps its peak rate as group["peak_lr"], for the schedule to scale.
         """
-        matrices = [p for p in self.blocks.parameters() if p.dim() == 2 and p.requires_grad]
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {optimizer!r}; known are 'adamw' and 'muon'")
+        matrices = [p for p in self.blocks.parameters() if p.dim() == 2]
         taken = {id(p) for p in matrices}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
-        groups = [dict(params=rest, weight_decay=0.0)]
-        optimizers = []
+        groups = [dict(params=[p for p in self.parameters() if id(p) not in taken], weight_decay=0.0)]
+        if optimizer == "adamw":
+            groups.append(dict(params=matrices, weight_decay=weight_decay))
+        fused = self.wte.weight.device.type in ("cuda", "cpu", "mps")
+        optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
         if optimizer == "muon":
             optimizers.append(Muon(matrices, muon_lr, weight_decay))
-        elif optimizer == "adamw":
-            groups.append(dict(params=matrices, weight_decay=weight_decay))
-        else:
-            raise ValueError(f"optimizer is {optimizer!r}; known are 'adamw' and 'muon'")
-        fused = self.wte.weight.device.type in ("cuda", "cpu", "mps")
-        optimizers.insert(0, torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
         for group in (g for opt in optimizers for g in opt.param_groups):
             group["peak_lr"] = group["lr"]
         return optimizers

@@ -70,6 +70,7 @@ from data.tokenizer import load_tokenizer
 from gpt import GPT, GPTConfig
 
 SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
+SAMPLING = dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2)  # as sample.py's
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
 
 
@@ -329,8 +330,7 @@ class Trainer:
             ids = ids[:, -self.model.config.block_size:]
             with self.machine.autocast():
                 new = [t.item() for t in self.model.generate(
-                    ids, 48, temperature=0.8, top_k=50, seed=self.cfg.seed,
-                    stop_ids=(tok.eot, tok.im_end))]
+                    ids, 48, seed=self.cfg.seed, stop_ids=(tok.eot, tok.im_end), **SAMPLING)]
             text = tok.decode([i for i in new if i not in (tok.eot, tok.im_end)])
             print(f"    {shown} > {text}".replace("\n", " "))
 
@@ -423,13 +423,13 @@ class Trainer:
     def save_model(self, name):
         """best/ or final/: what transformers, vLLM and sample.py load."""
         part, tok, chat = self.out / f"{name}.part", self.data.tokenizer, self.kind == "chat"
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
         ends = [tok.im_end, tok.eot] if chat else tok.eot
         self.model.save_pretrained(part, bos_token_id=tok.eot, eos_token_id=ends,
                                    pad_token_id=tok.eot)
         tok.save(part, chat)
-        generation = dict(do_sample=True, temperature=0.8, top_k=50, bos_token_id=tok.eot,
-                          eos_token_id=ends, pad_token_id=tok.eot)
+        generation = dict(do_sample=True, bos_token_id=tok.eot, eos_token_id=ends,
+                          pad_token_id=tok.eot, **SAMPLING)
         write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
         replace_folder(part, self.out / name)
 
@@ -534,20 +534,31 @@ def check_resumable(cfg, bins, checkpoint, file):
                             "Choose another --out_dir for a new run, or --overwrite this one")
 
 
-def load_pretrained(path, tokenizer, dropout, block_size=0):
-    """A model folder or hub id for a prepared set: same ids, one-line errors."""
+def load_model(path, dropout=0.0, block_size=0):
+    """(GPT, Tokenizer) of a model folder or hub id; what is wrong with it becomes one line."""
     try:
         model = GPT.from_pretrained(path, dropout, block_size)
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} can't be loaded: {e or type(e).__name__}") from e
-    theirs = load_tokenizer(str(path))
-    if theirs.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"the set was made with another tokenizer (sha256 {tokenizer.fingerprint[:8]}) than "
-            f"{path} has ({theirs.fingerprint[:8]}). Prepare it again with --tokenizer={path}")
-    if theirs.n_ids > model.config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {theirs.n_ids} ids, its model "
+        hint = "" if Path(path).exists() else (
+            " It is no folder here; for a hub id set HF_ENDPOINT to a mirror where the hub can't be "
+            "reached")
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path} can't be loaded: {reason}.{hint}") from e
+    tok = load_tokenizer(path)
+    if tok.n_ids > model.config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tok.n_ids} ids, its model "
                         f"{model.config.vocab_size}")
+    model.config.n_ids = min(model.config.n_ids, tok.n_ids)
+    return model, tok
+
+
+def load_base(path, bins, dropout, block_size=0):
+    """The model to start from, which must have the tokenizer that made bins."""
+    model, tok = load_model(path, dropout, block_size)
+    if tok.fingerprint != bins.tokenizer.fingerprint:
+        raise UserError(f"{bins.folder} was made with another tokenizer (sha256 "
+                        f"{bins.tokenizer.fingerprint[:8]}) than {path} has ({tok.fingerprint[:8]}). "
+                        f"Prepare it again with --tokenizer={path}")
     return model
 
 
@@ -561,7 +572,7 @@ def restore_model(cfg, checkpoint):
 def make_model(cfg, bins):
     """A new model for bins, or the one init_from names."""
     if cfg.init_from not in ("auto", "scratch"):
-        return load_pretrained(cfg.init_from, bins.tokenizer, cfg.dropout, cfg.block_size)
+        return load_base(cfg.init_from, bins, cfg.dropout, cfg.block_size)
     n_ids = bins.tokenizer.n_ids
     try:
         return GPT(GPTConfig(

@@ -14,10 +14,10 @@ starts = ""            # several texts, "|" between them: sample i continues the
 overlap = ""           # name of a prepared set: how many of the samples' Han 4-grams stand in it
 # ---- how ----
 max_new_tokens = 256
-temperature = 0.8      # 0 = always the likeliest
-top_k = 50             # of the likeliest; 0 = all
-top_p = 1.0            # of the likeliest that make up this mass
-repetition_penalty = 1.0  # above 1 discourages what was said already
+temperature = 0.7      # 0 = always the likeliest
+top_k = 50             # choose among so many of the likeliest; 0 = all
+top_p = 0.9            # choose among the likeliest that make up this mass; 1 = all
+repetition_penalty = 1.2  # small models like to go round in circles; 1 = let them
 seed = 1337
 # ---- machine ----
 device = "auto"        # cuda, mps, cpu
@@ -32,9 +32,7 @@ import torch
 
 from config import UserError, configure, newest_model, run_main
 from data.bins import Bins
-from data.tokenizer import load_tokenizer
-from gpt import GPT
-from pretrain import choose_device, choose_dtype
+from pretrain import choose_device, choose_dtype, load_model
 
 
 def load(cfg):
@@ -44,32 +42,27 @@ def load(cfg):
         script = "sft.py config/demo_sft.py" if cfg.chat else "pretrain.py config/demo.py"
         raise UserError(f"no {'chat ' * cfg.chat}model under out/ yet. Run: python {script}, "
                         "or name one: --model=FOLDER_OR_HUB_ID")
-    path = Path(path).as_posix()
-    try:
-        model = GPT.from_pretrained(path)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} can't be loaded: {e}") from e
-    tok, device = load_tokenizer(path), choose_device(cfg.device)
-    if tok.n_ids > model.config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tok.n_ids} ids, its model "
-                        f"{model.config.vocab_size}")
+    model, tok = load_model(Path(path).as_posix())
+    device = choose_device(cfg.device)
     auto_on_cpu = cfg.dtype == "auto" and device.type == "cpu"
     dtype = torch.float32 if auto_on_cpu else choose_dtype(cfg.dtype, device.type)
-    model.config.n_ids = min(model.config.n_ids, tok.n_ids)
-    print(f"[{path}]", file=sys.stderr)
+    print(f"[{Path(path).as_posix()}]", file=sys.stderr)
     return model.to(device, dtype).eval(), tok
 
 
 def stream(model, tok, ids, cfg, seed, stop_ids):
-    """Yield the text of one continuation of ids, as it comes, in whole characters."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    """Yield the text of one continuation of ids, as it comes, in whole characters.
+
+    A token may end inside a character: its bytes wait for the rest. Bytes that a small model leaves
+    without one, or max_new_tokens cuts off, are not shown.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     ids = torch.tensor([ids], device=model.wte.weight.device)
     for new in model.generate(ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
                               cfg.repetition_penalty, stop_ids, seed):
         if new.item() in stop_ids:
             break
         yield decoder.decode(tok.decode_bytes([new.item()]))
-    # bytes of a character left unfinished at max_new_tokens are not shown
 
 
 def show(pieces):
@@ -120,9 +113,8 @@ def print_overlap(texts, name):
     known = set(han_4grams(bins.tokenizer.decode(bins.tokens("train"))))
     grams = [g for text in texts for g in han_4grams(text)]
     share = sum(g in known for g in grams) / max(1, len(grams))
-    broken = sum(text.count("\ufffd") for text in texts)
-    print(f"{len(texts)} samples: {share:.1%} of {len(grams):,} Han 4-grams stand in "
-          f"{bins.folder}; {broken} broken characters")
+    print("-" * 20 + f"\n{len(texts)} samples: {share:.1%} of {len(grams):,} Han 4-grams stand in "
+          f"{bins.folder}")
 
 
 def talk(model, tok, cfg):

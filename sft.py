@@ -140,7 +140,7 @@ def make_model(cfg, bins):
         raise UserError("there is no base model under out/ to start from. Run pretrain.py first, "
                         "or name one: --init_from=FOLDER_OR_HUB_ID")
     print(f"base model: {base}")
-    return pretrain.load_pretrained(base.as_posix(), bins.tokenizer, cfg.dropout)
+    return pretrain.load_base(base.as_posix(), bins, cfg.dropout)
 
 
 def make_data(cfg, bins, model):

@@ -154,6 +154,9 @@ class Bins:
 
 def replace_folder(part, folder):
     """Move the finished folder `part` to `folder`, whose former content goes."""
+    for file in Path(part).iterdir():
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
     old = Path(f"{folder}.old")
     shutil.rmtree(old, ignore_errors=True)
     if Path(folder).exists():

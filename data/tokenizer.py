@@ -6,6 +6,7 @@
 """
 import hashlib
 import json
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def train_bytebpe(texts, vocab_size):
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+        show_progress=sys.stderr.isatty()))
     return Tokenizer(json.loads(tok.to_str()))
 
 

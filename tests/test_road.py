@@ -199,7 +199,8 @@ def test_float16_skips_both_optimizers_where_a_gradient_overflows(demo):
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
     assert trainer.scaler.get_scale() == 2.0
     trainer.train_step()
-    assert not any(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    for name in ("wte.weight", "blocks.1.mlp.down_proj.weight"):  # one of each optimizer
+        assert not torch.equal(trainer.model.state_dict()[name], before[name])
 
 
 # ---- fine-tuning ----
@@ -303,11 +304,11 @@ def test_streamed_text_equals_the_text_decoded_at_once(base):
     model, tok = sample.load(cfg)
     ids = tok.encode("数学")
     text = "".join(sample.stream(model, tok, ids, cfg, 1, {tok.eot}))
-    new = [t.item() for t in model.generate(torch.tensor([ids]), 256, 0.8, 50, stop_ids=[tok.eot],
-                                            seed=1)]
+    new = [t.item() for t in model.generate(torch.tensor([ids]), 256, seed=1, stop_ids=[tok.eot],
+                                            **pretrain.SAMPLING)]
     whole = tok.decode_bytes([i for i in new if i != tok.eot])
-    assert "\ufffd" in text  # so early there are broken characters, each shown once
-    assert whole.decode("utf-8", errors="replace").startswith(text)
+    assert "\ufffd" in whole.decode("utf-8", errors="replace")  # an untrained model leaves some
+    assert text == whole.decode("utf-8", errors="ignore")
 
 
 # ---- refusals ----
