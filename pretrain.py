@@ -70,7 +70,9 @@ from data.tokenizer import load_tokenizer
 from gpt import GPT, GPTConfig
 
 SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
-SAMPLING = dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2)  # as sample.py's
+SAMPLING = {  # small models like to go round in circles; answers have to repeat the question
+    "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
+    "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
 
 
@@ -330,7 +332,8 @@ class Trainer:
             ids = ids[:, -self.model.config.block_size:]
             with self.machine.autocast():
                 new = [t.item() for t in self.model.generate(
-                    ids, 48, seed=self.cfg.seed, stop_ids=(tok.eot, tok.im_end), **SAMPLING)]
+                    ids, 48, seed=self.cfg.seed, stop_ids=(tok.eot, tok.im_end),
+                    **SAMPLING[self.kind])]
             text = tok.decode([i for i in new if i not in (tok.eot, tok.im_end)])
             print(f"    {shown} > {text}".replace("\n", " "))
 
@@ -429,7 +432,7 @@ class Trainer:
                                    pad_token_id=tok.eot)
         tok.save(part, chat)
         generation = dict(do_sample=True, bos_token_id=tok.eot, eos_token_id=ends,
-                          pad_token_id=tok.eot, **SAMPLING)
+                          pad_token_id=tok.eot, **SAMPLING[self.kind])
         write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
         replace_folder(part, self.out / name)
 

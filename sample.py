@@ -12,18 +12,19 @@ system = ""            # chat: what the model is told first
 num_samples = 1        # sample i has seed + i
 starts = ""            # several texts, "|" between them: sample i continues the next in turn
 overlap = ""           # name of a prepared set: how many of the samples' Han 4-grams stand in it
-# ---- how ----
+# ---- how; -1 = as the model's generation_config.json has it ----
 max_new_tokens = 256
-temperature = 0.7      # 0 = always the likeliest
-top_k = 50             # choose among so many of the likeliest; 0 = all
-top_p = 0.9            # choose among the likeliest that make up this mass; 1 = all
-repetition_penalty = 1.2  # small models like to go round in circles; 1 = let them
+temperature = -1.0     # 0 = always the likeliest
+top_k = -1             # choose among so many of the likeliest; 0 = all
+top_p = -1.0           # choose among the likeliest that make up this mass; 1 = all
+repetition_penalty = -1.0  # above 1 discourages what was said already
 seed = 1337
 # ---- machine ----
 device = "auto"        # cuda, mps, cpu
 dtype = "auto"         # of the weights: float32, bfloat16, float16; auto: 16 bits on a GPU
 
 import codecs
+import json
 import re
 import sys
 from pathlib import Path
@@ -46,8 +47,22 @@ def load(cfg):
     device = choose_device(cfg.device)
     auto_on_cpu = cfg.dtype == "auto" and device.type == "cpu"
     dtype = torch.float32 if auto_on_cpu else choose_dtype(cfg.dtype, device.type)
+    fill_in(cfg, Path(path) / "generation_config.json")
     print(f"[{Path(path).as_posix()}]", file=sys.stderr)
     return model.to(device, dtype).eval(), tok
+
+
+def fill_in(cfg, file):
+    """Sampling settings left at -1 come from the model's own file, where it has one."""
+    plain = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    try:
+        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        own = {name: type(plain[name])(own.get(name) or plain[name]) for name in plain}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{file} can't be read ({type(e).__name__}: {e})") from e
+    for name, value in own.items():
+        if getattr(cfg, name) == -1:
+            setattr(cfg, name, value)
 
 
 def stream(model, tok, ids, cfg, seed, stop_ids):
@@ -156,11 +171,10 @@ def main():
     if words:
         raise UserError(f"'{words[0]}' is not a setting (--name=value); to continue a text: "
                         f'--start="{words[0]}"')
-    for name, low in (("max_new_tokens", 1), ("num_samples", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(cfg, name) < low:
+    for name, low in (("max_new_tokens", 1), ("num_samples", 1), ("temperature", 0), ("top_k", 0),
+                      ("top_p", 1e-6), ("repetition_penalty", 1e-6)):
+        if getattr(cfg, name) < low and getattr(cfg, name) != -1:
             raise UserError(f"{name}={getattr(cfg, name)} must be at least {low}")
-    if not 0 < cfg.top_p <= 1 or cfg.repetition_penalty <= 0:
-        raise UserError("top_p lies in (0, 1], repetition_penalty above 0")
     model, tok = load(cfg)
     if cfg.chat:
         return talk(model, tok, cfg)
