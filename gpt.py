@@ -271,7 +271,7 @@ def orthogonalize(g, steps=5):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose direction is orthogonalized, for matrices only.
 
-    The same update as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): as large as AdamW's, so that
+    The update of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): as large as AdamW's, so that
     rates and weight decay compare (arXiv:2502.16982). That one works matrix by matrix in bfloat16,
     which a CPU without bfloat16 instructions does 25 times slower than this; here matrices of one
     shape are multiplied together, in float32.
@@ -439,7 +439,8 @@ class GPT(nn.Module):
             raise ValueError(f"optimizer is {optimizer!r}; known are 'adamw' and 'muon'")
         matrices = [p for p in self.blocks.parameters() if p.dim() == 2]
         taken = {id(p) for p in matrices}
-        groups = [dict(params=[p for p in self.parameters() if id(p) not in taken], weight_decay=0.0)]
+        rest = [p for p in self.parameters() if id(p) not in taken]
+        groups = [dict(params=rest, weight_decay=0.0)]
         if optimizer == "adamw":
             groups.append(dict(params=matrices, weight_decay=weight_decay))
         fused = self.wte.weight.device.type in ("cuda", "cpu", "mps")

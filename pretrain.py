@@ -231,21 +231,26 @@ class Trainer:
             cfg.optimizer, cfg.learning_rate, cfg.muon_lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
         self.scaler = torch.amp.GradScaler(machine.device.type,
                                            enabled=machine.dtype == torch.float16)
-        self.step, self.best = 0, math.inf
+        self.step, self.best, self.losses, self.resumed_at = 0, math.inf, [], -1
         if checkpoint:
-            self.step, self.best = checkpoint["step"], checkpoint["best"]
-            for opt, state in zip(self.optimizers, checkpoint["optimizers"]):
-                peaks = [g["peak_lr"] for g in opt.param_groups]  # rates may change on resume
-                opt.load_state_dict(state)
-                for group, peak in zip(opt.param_groups, peaks):
-                    group["peak_lr"] = peak
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.resumed_at = self.step if checkpoint else -1
+            self.restore(checkpoint)
+
+    def restore(self, checkpoint):
+        """Take up a checkpoint's state; rates and decay are this command's."""
+        self.step = self.resumed_at = checkpoint["step"]
+        self.best = checkpoint["best"]
+        self.losses = list(torch.tensor(checkpoint["losses"], device=self.machine.device))
+        for opt, state in zip(self.optimizers, checkpoint["optimizers"]):
+            new = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
+            opt.load_state_dict(state)
+            for group, settings in zip(opt.param_groups, new):
+                group.update(settings)
+        self.scaler.load_state_dict(checkpoint["scaler"])
 
     def run(self):
         cfg = self.cfg
         self.start_files()
-        self.mark, self.losses, self.seconds = time.time(), [], 0.0
+        self.mark, self.seconds, self.timed = time.time(), 0.0, 0
         while True:
             done = self.step >= cfg.max_iters
             if self.step != self.resumed_at:  # else both were done before that checkpoint
@@ -257,6 +262,7 @@ class Trainer:
                 return self.finish()
             loss, norm = self.train_step()
             self.step += 1
+            self.timed += 1
             self.losses.append(loss)
             if self.step % cfg.log_interval == 0 or self.step == cfg.max_iters:
                 self.log_training(norm)
@@ -375,17 +381,10 @@ class Trainer:
 
     def log_training(self, norm):
         """Mean loss since the last log, speed and the time to go; the only sync of the hot loop."""
-        loss = torch.stack(self.losses).mean()
-        if self.machine.world > 1:
-            dist.all_reduce(loss, dist.ReduceOp.SUM)
-            loss /= self.machine.world
-        loss, norm = loss.item(), norm.item()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {self.step} (gradient norm {norm}). Lower "
-                            f"learning_rate; the last checkpoint in {self.out} is sound")
+        loss, norm = self.mean_loss(), norm.item()
         seconds = max(time.time() - self.mark, 1e-9)
-        speed = len(self.losses) * tokens_per_step(self.cfg) / seconds
-        left = seconds / len(self.losses) * (self.cfg.max_iters - self.step)
+        speed = self.timed * tokens_per_step(self.cfg) / seconds
+        left = seconds / self.timed * (self.cfg.max_iters - self.step)
         rate = self.cfg.learning_rate * lr_factor(self.step - 1, self.cfg)
         values = dict(loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed, 1))
         shown = (f"loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "
@@ -397,7 +396,18 @@ class Trainer:
         if self.machine.main:
             self.log(values, shown)
         self.seconds += seconds
-        self.mark, self.losses = time.time(), []
+        self.mark, self.timed, self.losses = time.time(), 0, []
+
+    def mean_loss(self):
+        """Mean training loss since the last log, over all processes; not finite ends the run."""
+        loss = torch.stack(self.losses).mean()
+        if self.machine.world > 1:
+            dist.all_reduce(loss)
+            loss /= self.machine.world
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()} at step {self.step}. Lower learning_rate or "
+                            f"muon_lr; the last checkpoint in {self.out} is sound")
+        return loss.item()
 
     def peak_flops(self):
         if self.machine.device.type != "cuda":
@@ -408,12 +418,15 @@ class Trainer:
 
     def save_checkpoint(self):
         """ckpt_step_<step>.pt, whole or not at all; the newest two are kept."""
+        if self.losses:
+            self.mean_loss()  # what is not finite is not kept
         if not self.machine.main:
             return
         path = self.out / f"ckpt_step_{self.step}.pt"
         part = Path(f"{path}.part")
         with open(part, "wb") as f:
             torch.save(dict(step=self.step, best=self.best, cfg=vars(self.cfg),
+                            losses=[loss.item() for loss in self.losses],
                             model=self.model.state_dict(), model_config=asdict(self.model.config),
                             optimizers=[opt.state_dict() for opt in self.optimizers],
                             scaler=self.scaler.state_dict(), data=self.data.bins.fingerprint()), f)
@@ -543,10 +556,9 @@ def load_model(path, dropout=0.0, block_size=0):
         model = GPT.from_pretrained(path, dropout, block_size)
     except (OSError, ValueError) as e:
         hint = "" if Path(path).exists() else (
-            " It is no folder here; for a hub id set HF_ENDPOINT to a mirror where the hub can't be "
-            "reached")
+            ". There is no such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
         reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path} can't be loaded: {reason}.{hint}") from e
+        raise UserError(f"{path} can't be loaded: {reason}{hint}") from e
     tok = load_tokenizer(path)
     if tok.n_ids > model.config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tok.n_ids} ids, its model "
@@ -559,9 +571,9 @@ def load_base(path, bins, dropout, block_size=0):
     """The model to start from, which must have the tokenizer that made bins."""
     model, tok = load_model(path, dropout, block_size)
     if tok.fingerprint != bins.tokenizer.fingerprint:
-        raise UserError(f"{bins.folder} was made with another tokenizer (sha256 "
-                        f"{bins.tokenizer.fingerprint[:8]}) than {path} has ({tok.fingerprint[:8]}). "
-                        f"Prepare it again with --tokenizer={path}")
+        ours, theirs = bins.tokenizer.fingerprint[:8], tok.fingerprint[:8]
+        raise UserError(f"{bins.folder} was made with another tokenizer (sha256 {ours}) than {path} "
+                        f"has ({theirs}). Prepare it again with --tokenizer={path}")
     return model
 
 

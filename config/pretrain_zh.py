@@ -1,4 +1,4 @@
-"""A GPT-2-sized base model of Chinese on the wiki set (python prepare.py wiki), Qwen's tokenizer."""
+"""A GPT-2-sized base model on the wiki set (python prepare.py wiki), with Qwen's tokenizer."""
 out_dir = "out/pretrain_zh"
 dataset = "wiki"
 arch = "gpt2"

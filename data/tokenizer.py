@@ -66,7 +66,7 @@ class Tokenizer:
         self.assistant_header = np.array([self.im_start, *self.encode("assistant\n")])
 
     def _known_regex(self, merges):
-        """The splitting regex if tiktoken, given it, makes the ids that `tokenizers` does; or None."""
+        """The splitting regex, if tiktoken makes with it the ids that `tokenizers` makes; or None."""
         model, pre = self.spec["model"], self.spec.get("pre_tokenizer") or {}
         rules = pre.get("pretokenizers", [pre])
         last, vocab = rules[-1], model["vocab"]

@@ -19,10 +19,13 @@ QWEN = SHARED / "tokenizers"
 needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="no ../shared/tokenizers here")
 RAW = ROOT / "data" / "demo" / "raw"
 HOSTILE = [
-    "", " ", "\n", "a", "数学是什么？", "你好，world! 123456 ３４５", "👩‍👩‍👧‍👦🏳️‍🌈 emoji 😀", "𠮷野家 龘靐齉 㐀 𪚥", "é café",
-    "<|im_start|>user\n<|im_end|><|endoftext|>", "<|im_start", "<tool_call>x</tool_call><|fim_prefix|>",
+    "", " ", "\n", "a", "数学是什么？", "你好，world! 123456 ３４５", "👩‍👩‍👧‍👦🏳️‍🌈 emoji 😀",
+    "𠮷野家 龘靐齉 㐀 𪚥", "é cafe\u0301 A\u030a n\u0303",
+    "<|im_start|>user\n<|im_end|><|endoftext|>", "<|im_start",
+    "<tool_call>x</tool_call><|fim_prefix|>",
     "a\r\nb\rc\n\n\n d\t\te  \n", "I'll WE'VE don't 'S", "ﬁ ｱ ﾊﾟ 각 각", "\u200b\u200d\ufeff\u2028",
-    "的" * 3000, " " * 300 + "x", "1" * 100, "$$$___---", "مرحبا हिन्दी ไทย", "\x00\x1f\x7f", "ΐ ΰ Å"]
+    "的" * 3000, " " * 300 + "x", "1" * 100, "$$$___---", "مرحبا हिन्दी ไทย",
+    "\x00\x1f\x7f", "ΐ ΰ Å"]
 
 
 def demo_texts():
@@ -67,7 +70,8 @@ def test_qwens_tokenizer_equals_transformers(tmp_path):
 
 @needs_qwen
 def test_the_tiktoken_file_gives_the_same_ids_and_merges():
-    ours, theirs = (load_tokenizer(str(QWEN / p)) for p in ("qwen.tiktoken", "qwen2_5/tokenizer.json"))
+    names = ("qwen.tiktoken", "qwen2_5/tokenizer.json")
+    ours, theirs = (load_tokenizer(str(QWEN / name)) for name in names)
     assert ours.n_ids == 151_646
     as_pairs = [m.split(" ") if isinstance(m, str) else m for m in theirs.spec["model"]["merges"]]
     assert ours.spec["model"]["merges"] == as_pairs
@@ -159,7 +163,8 @@ def test_a_tokenizer_that_is_not_there_is_one_line(name, what, tmp_path, monkeyp
 
 
 def test_a_damaged_tokenizer_file_is_one_line(tmp_path):
-    for text in ("", "{}", "[1]", '{"model": {"vocab": {}}}', '{"model": {"type": "BPE", "vocab": 3}}'):
+    for text in ("", "{}", "[1]", '{"model": {"vocab": {}}}',
+                 '{"model": {"type": "BPE", "vocab": 3}}'):
         (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match="tokenizer.json"):
             load_tokenizer(str(tmp_path / "tokenizer.json"))
@@ -187,13 +192,15 @@ def books_add_up(meta):
 
 def test_the_demo_sets_hold_every_entry_and_dialogue(demo):
     text, chat = Bins("demo", demo / "data"), Bins("demo_chat", demo / "data")
-    assert text.meta["sources"]["wiki"]["read"] == 764 and chat.meta["sources"]["chat"]["read"] == 819
+    assert text.meta["sources"]["wiki"]["read"] == 764
+    assert chat.meta["sources"]["chat"]["read"] == 819
     assert text.tokenizer.fingerprint == chat.tokenizer.fingerprint
     for bins in (text, chat):
         docs = documents(bins, "train") + documents(bins, "val")
         assert len(docs) == books_add_up(bins.meta)
         assert all(doc[-1] == bins.tokenizer.eot for doc in docs)
-        assert sum(len(doc) for doc in docs) == sum(s["tokens"] for s in bins.meta["splits"].values())
+        counted = sum(s["tokens"] for s in bins.meta["splits"].values())
+        assert sum(len(doc) for doc in docs) == counted
     assert text.meta["sources"]["wiki"]["dropped"] == chat.meta["sources"]["chat"]["dropped"] == {}
 
 
@@ -269,8 +276,9 @@ def test_a_few_documents_are_split_at_their_ends(tmp_path):
 
 
 def test_a_few_dialogues_are_split_whole(tmp_path):
-    lines = [json.dumps({"messages": [{"role": "user", "content": f"问{i}"},
-                                      {"role": "assistant", "content": f"答{i}"}]}) for i in range(5)]
+    lines = [json.dumps({"messages": [
+        {"role": "user", "content": f"问{i}"}, {"role": "assistant", "content": f"答{i}"}]})
+        for i in range(5)]
     (tmp_path / "c.jsonl").write_text("\n".join(lines), encoding="utf-8")
     prepare(tmp_path, "chat", tmp_path / "c.jsonl", "--tokenizer=bytebpe", "--vocab_size=270")
     bins = Bins("chat", tmp_path / "data")
@@ -285,7 +293,8 @@ def test_a_few_dialogues_are_split_whole(tmp_path):
 def test_dialogues_that_cannot_be_trained_on_are_dropped_by_reason(tmp_path):
     good = [{"messages": [{"role": "user", "content": f"{i}"},
                           {"role": "assistant", "content": f"是{i}"}]} for i in range(30)]
-    bad = [{}, {"messages": []}, {"messages": "x"}, {"messages": [1]}, {"messages": [{"role": "user"}]},
+    bad = [{}, {"messages": []}, {"messages": "x"}, {"messages": [1]},
+           {"messages": [{"role": "user"}]},
            {"messages": [{"role": "tool", "content": "x"}]},
            {"messages": [{"role": "user", "content": "x"}]},
            {"messages": [{"role": "assistant", "content": "  "}]}]

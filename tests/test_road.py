@@ -1,4 +1,4 @@
-"""The laws of the road: training that resumes exactly, fine-tuning, sampling, and plain refusals."""
+"""The laws of the road: training that resumes exactly, fine-tuning, sampling, plain refusals."""
 import json
 import math
 import shutil
@@ -19,7 +19,7 @@ from gpt import GPT
 torch.set_num_threads(1)
 TINY = ["--dataset=demo", "--arch=qwen3", "--n_layer=2", "--n_head=2", "--n_embd=32",
         "--block_size=32", "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=20",
-        "--eval_interval=5", "--checkpoint_interval=3", "--log_interval=1", "--eval_tokens=1000",
+        "--eval_interval=5", "--checkpoint_interval=3", "--log_interval=2", "--eval_tokens=1000",
         "--dropout=0.2", "--warmup_iters=3", "--learning_rate=0.01", "--sample_start=数学"]
 
 
@@ -98,7 +98,7 @@ def test_a_finished_run_says_so_and_may_be_made_longer(base, place):
     words = ("--out_dir=out/tiny", "--block_size=128", "--max_iters=12")
     assert "is finished at step 12" in train(place, *words).stdout
     assert "steps 12 to 14" in train(place, *words[:2], "--max_iters=14").stdout
-    assert [e[0] for e in curve(place / "out/tiny") if e[1]] == list(range(1, 15))
+    assert [e[0] for e in curve(place / "out/tiny") if e[1]] == list(range(2, 15, 2))
 
 
 def test_only_two_checkpoints_are_kept_and_the_models_load(base):
@@ -145,8 +145,8 @@ def test_accumulated_gradients_equal_one_batch(demo):
         cfg = settings("--dropout=0", *words)
         bins = Bins("demo", demo / "data")
         torch.manual_seed(0)
-        trainer = pretrain.Trainer(cfg, pretrain.set_up_machine(cfg), pretrain.make_model(cfg, bins),
-                                   pretrain.TextData(bins, cfg), "base", None)
+        model, data = pretrain.make_model(cfg, bins), pretrain.TextData(bins, cfg)
+        trainer = pretrain.Trainer(cfg, pretrain.set_up_machine(cfg), model, data, "base", None)
         kept = {}
         trainer.update = lambda: kept.update(
             {n: p.grad.clone() for n, p in trainer.model.named_parameters()})
@@ -181,7 +181,7 @@ def test_two_processes_train_as_one(place):
         cwd=place, env=ENV, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = curve(place / "out/one"), curve(place / "out/two")
-    assert len(one) == len(two) == 25
+    assert len(one) == len(two) == 15
     for a, b in zip(one, two):
         assert a[0] == b[0]
         assert (a[1] or a[2]) == pytest.approx(b[1] or b[2], rel=1e-5)
@@ -248,7 +248,8 @@ def test_a_long_dialogue_is_cut_behind_a_message_or_dropped(demo):
 def test_fine_tuning_goes_from_base_to_chat_and_resumes_exactly(base, place):
     shutil.copytree(base / "out", place / "out")
     words = ["--dataset=demo_chat", "--max_iters=8", "--eval_interval=4", "--checkpoint_interval=3",
-             "--batch_size=4", "--gradient_accumulation_steps=2", "--dropout=0.2", "--log_interval=1"]
+             "--batch_size=4", "--gradient_accumulation_steps=2", "--dropout=0.2",
+             "--log_interval=1"]
     done = run(place, "sft.py", *words, "--out_dir=out/a")
     assert done.returncode == 0, done.stderr
     assert "base model: out/tiny/best" in done.stdout.replace("\\", "/")
@@ -261,7 +262,8 @@ def test_fine_tuning_goes_from_base_to_chat_and_resumes_exactly(base, place):
     done = run(place, "sft.py", *words, "--out_dir=out/b")
     assert "going on from" in done.stdout, done.stderr
     assert weights(place / "out/a") == weights(place / "out/b")
-    generation = json.loads((place / "out/a/best/generation_config.json").read_text(encoding="utf-8"))
+    file = place / "out/a/best/generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8"))
     tok = Bins("demo_chat", place / "data").tokenizer
     assert generation["eos_token_id"] == [tok.im_end, tok.eot]
     answer = run(place, "sample.py", "--chat", "--max_new_tokens=5", input="你好\n/new\n再见\n")
@@ -274,7 +276,8 @@ def test_a_set_of_another_vocabulary_is_refused(base, place):
     chat = ROOT / "data/demo/raw/chat.jsonl"
     done = run(place, "prepare.py", "chat", chat, "--tokenizer=bytebpe", "--vocab_size=500")
     assert done.returncode == 0, done.stderr
-    one_line(run(place, "sft.py", "--dataset=chat"), "another tokenizer", "--tokenizer=out/tiny/best")
+    done = run(place, "sft.py", "--dataset=chat")
+    one_line(done, "another tokenizer", "--tokenizer=out/tiny/best")
     done = run(place, "prepare.py", "chat", chat)
     assert "tokenizer: that of out/tiny/best" in done.stdout.replace("\\", "/"), done.stderr
 
@@ -317,11 +320,12 @@ def test_streamed_text_equals_the_text_decoded_at_once(base):
     (("--learning_rat=1",), "Did you mean learning_rate?"), (("--n_layer=two",), "not of type int"),
     (("--n_layer=1.5",), "not of type int"), (("--bias=3",), "not of type bool"),
     (("--out_dir",), "--out_dir needs a value"), (("word",), "'word' is neither"),
-    (("missing.py",), "no config file missing.py"), (("--dataset=none",), "data/none is not prepared"),
+    (("missing.py",), "no config file missing.py"), (("--dataset=none",), "none is not prepared"),
     (("--dataset=demo_chat",), "sft.py"), (("--block_size=1000000",), "too few for a window"),
     (("--batch_size=0",), "batch_size=0"), (("--n_head=3",), "not a multiple of n_head 3"),
     (("--arch=llama",), "'llama'"), (("--optimizer=sgd",), "sgd"), (("--dtype=int8",), "int8"),
-    (("--device=tpu9",), "tpu9"), (("--init_from=no/such",), "no/such"), (("--dropout=1",), "dropout")])
+    (("--device=tpu9",), "tpu9"), (("--init_from=no/such",), "no/such"),
+    (("--dropout=1",), "dropout")])
 def test_what_pretrain_cannot_do_is_one_line(words, what, place):
     done = run(place, "pretrain.py", *TINY, *words)
     one_line(done, "pretrain.py: ", what)
@@ -333,7 +337,8 @@ def test_a_run_is_not_resumed_with_other_settings(base, place):
     words = ["--out_dir=out/tiny", "--block_size=128", "--max_iters=30"]
     for change, what in (("--n_layer=3", "n_layer=2, not 3"), ("--seed=5", "seed="),
                          ("--batch_size=2", "rows per step=8, not 4"),
-                         ("--optimizer=muon", "optimizer="), ("--init_from=scratch", "--overwrite")):
+                         ("--optimizer=muon", "optimizer="),
+                         ("--init_from=scratch", "--overwrite")):
         one_line(run(place, "pretrain.py", *TINY, *words, change), what)
     done = train(place, *words, "--n_layer=1", "--overwrite", "--max_iters=2")
     assert "steps 0 to 2" in done.stdout
