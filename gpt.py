@@ -410,7 +410,8 @@ class GPT(nn.Module):
             if context.size(1) > block_size:
                 context, caches = context[:, -(block_size // 2):], None
             if caches is None:
-                caches = [KVCache(block_size) for _ in self.blocks]
+                longest = min(block_size, context.size(1) + max_new_tokens)
+                caches = [KVCache(longest) for _ in self.blocks]
                 x = self.hidden(context, caches=caches)
             else:
                 x = self.hidden(context[:, -1:], caches=caches)

@@ -101,6 +101,8 @@ def set_up_machine(cfg):
     device = choose_device(cfg.device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all
     if cfg.gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} can't be "
                         f"shared equally by {world} processes")
@@ -214,6 +216,13 @@ def tokens_per_step(cfg):
     return cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
 
 
+def to_device(tensor, device):
+    """A tensor (or None) on its way to the device, without waiting for a GPU."""
+    if tensor is None or device.type != "cuda":
+        return tensor if tensor is None else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 # ---- the loop ----
 
 class Trainer:
@@ -260,21 +269,20 @@ class Trainer:
                     self.save_checkpoint()
             if done:
                 return self.finish()
-            loss, norm = self.train_step()
+            loss, self.norm = self.train_step()
             self.step += 1
             self.timed += 1
             self.losses.append(loss)
             if self.step % cfg.log_interval == 0 or self.step == cfg.max_iters:
-                self.log_training(norm)
+                self.log_training()
 
     def train_step(self):
-        """One optimizer step -> its mean loss and gradient norm, as tensors (no sync)."""
+        """One optimizer step -> its mean loss and gradient norm, as tensors."""
         cfg, m = self.cfg, self.machine
         n, total = self.data.n_trained(self.step), torch.zeros((), device=m.device)
         micros = range(m.rank, cfg.gradient_accumulation_steps, m.world)
         for micro in micros:
-            batch = [t if t is None else t.to(m.device, non_blocking=True)
-                     for t in self.data.batch(self.step, micro)]
+            batch = [to_device(t, m.device) for t in self.data.batch(self.step, micro)]
             # dropout is a function of (seed, step, micro-batch), so no random state need be saved
             torch.manual_seed(((cfg.seed * 1_000_003 + self.step) * 1_000_003 + micro) % 2**63)
             wait = m.world > 1 and micro != micros[-1]
@@ -314,7 +322,7 @@ class Trainer:
         for i, batch in enumerate(self.data.val_batches()):
             if i % m.world == m.rank:
                 with m.autocast():
-                    loss, n = self.model(*(t if t is None else t.to(m.device) for t in batch))
+                    loss, n = self.model(*(to_device(t, m.device) for t in batch))
                 sums += torch.tensor([loss.item(), n.item()])
         if m.world > 1:
             sums = sums.to(m.device)
@@ -322,8 +330,9 @@ class Trainer:
         scores = self.data.scores((sums[0] / sums[1]).item())
         better = scores["val_loss"] < self.best
         self.best = min(self.best, scores["val_loss"])
+        better = better and self.step > 0  # the untrained model is only what there is to beat
         if m.main:
-            if better and self.step:
+            if better:
                 self.save_model("best")
             shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
             self.log(scores, f"{shown}{'  (best)' if better else ''}")
@@ -340,8 +349,9 @@ class Trainer:
                 new = [t.item() for t in self.model.generate(
                     ids, 48, seed=self.cfg.seed, stop_ids=(tok.eot, tok.im_end),
                     **SAMPLING[self.kind])]
-            text = tok.decode([i for i in new if i not in (tok.eot, tok.im_end)])
-            print(f"    {shown} > {text}".replace("\n", " "))
+            raw = tok.decode_bytes([i for i in new if i not in (tok.eot, tok.im_end)])
+            text = " ".join(raw.decode("utf-8", errors="ignore").split())
+            print(f"    {shown} > {text}")
 
     # ---- files ----
 
@@ -349,6 +359,8 @@ class Trainer:
         """run.json, and the log cut back to the step this run starts from."""
         if not self.machine.main:
             return
+        if self.cfg.overwrite:
+            clear_run(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         log = self.out / "log.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
@@ -367,6 +379,7 @@ class Trainer:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                              cwd=Path(__file__).parent) if shutil.which("git") else None
         run = dict(kind=self.kind, settings=vars(self.cfg), data=self.data.bins.fingerprint(),
+                   model=asdict(self.model.config),
                    tokenizer=self.data.tokenizer.fingerprint, device=str(self.machine.device),
                    dtype=str(self.machine.dtype), torch=torch.__version__,
                    python=sys.version.split()[0],
@@ -379,9 +392,9 @@ class Trainer:
             f.write(json.dumps(entry) + "\n")
         print(f"step {self.step:,}/{self.cfg.max_iters:,}  {shown}", flush=True)
 
-    def log_training(self, norm):
-        """Mean loss since the last log, speed and the time to go; the only sync of the hot loop."""
-        loss, norm = self.mean_loss(), norm.item()
+    def log_training(self):
+        """Mean loss since the last log, speed and the time to go; a GPU is waited for only here."""
+        loss, norm = self.mean_loss(), self.norm.item()
         seconds = max(time.time() - self.mark, 1e-9)
         speed = self.timed * tokens_per_step(self.cfg) / seconds
         left = seconds / self.timed * (self.cfg.max_iters - self.step)
@@ -399,21 +412,26 @@ class Trainer:
         self.mark, self.timed, self.losses = time.time(), 0, []
 
     def mean_loss(self):
-        """Mean training loss since the last log, over all processes; not finite ends the run."""
+        """Mean training loss since the last log, over all processes.
+
+        The run ends where that, or the gradient, is not finite (float16 skips such a step instead).
+        """
         loss = torch.stack(self.losses).mean()
         if self.machine.world > 1:
             dist.all_reduce(loss)
             loss /= self.machine.world
-        if not loss.isfinite():
-            raise UserError(f"the loss is {loss.item()} at step {self.step}. Lower learning_rate or "
-                            f"muon_lr; the last checkpoint in {self.out} is sound")
+        if not loss.isfinite() or not (self.scaler.is_enabled() or self.norm.isfinite()):
+            raise UserError(f"step {self.step}: the loss is {loss.item()}, the gradient norm "
+                            f"{self.norm.item()}. Lower learning_rate or muon_lr; the last "
+                            f"checkpoint in {self.out} is sound")
         return loss.item()
 
     def peak_flops(self):
-        if self.machine.device.type != "cuda":
+        """Of all cards together, where their 16-bit peak is known and used."""
+        if self.machine.device.type != "cuda" or self.machine.dtype == torch.float32:
             return None
-        name = torch.cuda.get_device_name(self.machine.device)
-        peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+        words = torch.cuda.get_device_name(self.machine.device).replace("-", " ").split()
+        peak = next((flops for card, flops in PEAK_FLOPS.items() if card in words), None)
         return peak and peak * self.machine.world
 
     def save_checkpoint(self):
@@ -518,8 +536,6 @@ def clear_run(out):
 def find_checkpoint(cfg, bins):
     """The newest sound checkpoint of out_dir if this command goes on with it, else None."""
     out = Path(cfg.out_dir)
-    if cfg.overwrite and int(os.environ.get("RANK", 0)) == 0:
-        clear_run(out)
     files = [] if cfg.overwrite else checkpoint_files(out)
     if files and cfg.init_from == "scratch":
         raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")
@@ -542,9 +558,11 @@ def check_resumable(cfg, bins, checkpoint, file):
     """Refuse to go on with another model, other data, another seed or other steps."""
     old, new = checkpoint["cfg"], vars(cfg) | dict(data=bins.fingerprint())
     old["data"] = checkpoint["data"]
+    shape = SHAPE if new["init_from"] in ("auto", "scratch") else ("block_size",)
     for settings in (old, new):
+        settings["init_from"] = settings["init_from"].replace("scratch", "auto")
         settings["rows per step"] = settings["batch_size"] * settings["gradient_accumulation_steps"]
-    for name in ("data", "seed", "optimizer", "init_from", "rows per step", *SHAPE):
+    for name in ("data", "seed", "optimizer", "init_from", "rows per step", *shape):
         if name in new and new[name] != old[name]:
             raise UserError(f"{file} was made with {name}={old[name]}, not {new[name]}. "
                             "Choose another --out_dir for a new run, or --overwrite this one")
@@ -552,6 +570,9 @@ def check_resumable(cfg, bins, checkpoint, file):
 
 def load_model(path, dropout=0.0, block_size=0):
     """(GPT, Tokenizer) of a model folder or hub id; what is wrong with it becomes one line."""
+    if not Path(path).exists() and (path.count("/") > 1 or Path(path).parent.is_dir()
+                                    and "/" in path):
+        raise UserError(f"{path}: no such folder, and not a hub id like Qwen/Qwen3-0.6B")
     try:
         model = GPT.from_pretrained(path, dropout, block_size)
     except (OSError, ValueError) as e:
@@ -587,7 +608,11 @@ def restore_model(cfg, checkpoint):
 def make_model(cfg, bins):
     """A new model for bins, or the one init_from names."""
     if cfg.init_from not in ("auto", "scratch"):
-        return load_base(cfg.init_from, bins, cfg.dropout, cfg.block_size)
+        model = load_base(cfg.init_from, bins, cfg.dropout, cfg.block_size)
+        if cfg.block_size > model.config.block_size:
+            raise UserError(f"block_size={cfg.block_size} is more than the {model.config.block_size} "
+                            f"that {cfg.init_from} was made for")
+        return model
     n_ids = bins.tokenizer.n_ids
     try:
         return GPT(GPTConfig(
@@ -604,21 +629,27 @@ def check_settings(cfg, words):
     for name in ("block_size", "batch_size", "gradient_accumulation_steps", "n_layer", "n_head",
                  "n_embd", "max_iters", "log_interval", "eval_interval", "checkpoint_interval",
                  "learning_rate"):
-        if hasattr(cfg, name) and getattr(cfg, name) <= 0:
+        if hasattr(cfg, name) and not 0 < getattr(cfg, name) < 2**63:
             raise UserError(f"{name}={getattr(cfg, name)} must be greater than 0")
-    if not 0 <= cfg.dropout < 1:
-        raise UserError(f"dropout={cfg.dropout} is not a share between 0 and 1")
+    for name in ("seed", "n_kv_head", "n_inner", "eval_tokens", "muon_lr", "min_lr", "warmup_iters",
+                 "weight_decay", "grad_clip"):
+        if hasattr(cfg, name) and not 0 <= getattr(cfg, name) < 2**63:
+            raise UserError(f"{name}={getattr(cfg, name)} must be 0 or more")
+    for name in ("dropout", "beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UserError(f"{name}={getattr(cfg, name)} is not a share between 0 and 1")
     if cfg.optimizer not in ("adamw", "muon"):
         raise UserError(f"optimizer={cfg.optimizer} is neither adamw nor muon")
 
 
-def train(cfg, bins, make_model, make_data, kind):
+def train(cfg, make_model, make_data, kind):
     """Train to cfg.max_iters; False if that was done already.
 
     make_model(cfg, bins) is called for a new run only, then make_data(cfg, bins, model) for the
     batches; kind is "base" or "chat".
     """
     machine = set_up_machine(cfg)
+    bins = open_dataset(cfg.dataset, machine)
     checkpoint = find_checkpoint(cfg, bins)
     done = checkpoint and checkpoint["step"] >= cfg.max_iters
     if done and (Path(cfg.out_dir) / "final").is_dir():
@@ -631,12 +662,15 @@ def train(cfg, bins, make_model, make_data, kind):
     return True
 
 
-def open_dataset(name):
-    """Bins(name); the embedded demo set is made on first use."""
-    if name in ("demo", "demo_chat") and not (Path("data") / name / "meta.json").is_file():
+def open_dataset(name, machine):
+    """Bins(name); the embedded demo set is made on first use, by one process."""
+    missing = not (Path("data") / name / "meta.json").is_file()
+    if name in ("demo", "demo_chat") and missing and machine.main:
         import prepare
         print("preparing the embedded text")
         prepare.main(["demo"])
+    if machine.world > 1:
+        dist.barrier()
     return Bins(name)
 
 
@@ -647,9 +681,10 @@ def main():
     def make_data(cfg, bins, model):
         return TextData(bins, cfg)
 
-    if train(cfg, open_dataset(cfg.dataset), make_model, make_data, "base"):
-        print(f'\nnext:  python sample.py --start="数学是"\n       python sft.py config/'
-              f'{"demo_sft" if cfg.dataset == "demo" else "sft_zh"}.py')
+    if train(cfg, make_model, make_data, "base"):
+        chat = "python sft.py config/demo_sft.py" if cfg.dataset == "demo" else (
+            "python prepare.py chat PATH, then python sft.py config/sft_zh.py")
+        print(f'\nnext:  python sample.py --start="数学是"\n       {chat}')
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ repetition_penalty = -1.0  # above 1 discourages what was said already
 seed = 1337
 # ---- machine ----
 device = "auto"        # cuda, mps, cpu
-dtype = "auto"         # of the weights: float32, bfloat16, float16; auto: 16 bits on a GPU
+dtype = "auto"         # of the weights: float32, bfloat16, float16; auto: 16 bits on CUDA
 
 import codecs
 import json
@@ -151,6 +151,9 @@ def talk(model, tok, cfg):
             continue
         messages.append(dict(role="user", content=question))
         ids = fit_messages(messages, opening, tok, model.config.block_size)
+        if len(ids) > model.config.block_size:
+            print(f"sample.py: the question has {len(ids):,} tokens, the context holds "
+                  f"{model.config.block_size:,}: only its end is read", file=sys.stderr)
         answer = show(stream(model, tok, ids, cfg, cfg.seed + turn, {tok.eot, tok.im_end}))
         messages.append(dict(role="assistant", content=answer))
         turn += 1

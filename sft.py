@@ -25,6 +25,7 @@ checkpoint_interval = 100
 sample_start = "你好|你是谁？|什么是细胞？"  # questions asked at each evaluation, "|" between them
 
 from bisect import bisect_left, insort
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ class ChatData:
             self.rows[split] = pack([len(ids) - 1 for ids in kept], cfg.block_size)
             self.report(split, cut, len(whole) - len(kept))
         self.order = pretrain.Shuffle(len(self.rows["train"]), cfg.seed)
+        self.row = lru_cache(maxsize=4096)(self.row)  # n_trained and batch both read a step's rows
 
     def report(self, split, cut, dropped):
         kept, n_rows = self.dialogues[split], len(self.rows[split])
@@ -82,7 +84,7 @@ class ChatData:
                             f"{self.cfg.block_size} tokens")
         padding = 1 - sum(len(ids) - 1 for ids in kept) / (n_rows * self.cfg.block_size)
         print(f"{split}: {len(kept):,} dialogues in {n_rows:,} rows, {padding:.1%} padding; "
-              f"{cut:,} cut behind a message, {dropped:,} dropped, their first answer does not fit")
+              f"{cut:,} cut after a message, {dropped:,} dropped (first answer too long)")
 
     def row(self, split, number):
         """ids, targets, doc_ids (block_size,); targets -1 but for answers, padding a document."""
@@ -151,7 +153,7 @@ def make_data(cfg, bins, model):
 def main():
     cfg, words = configure(__file__, base=pretrain.__file__, fixed=pretrain.SHAPE)
     pretrain.check_settings(cfg, words)
-    if pretrain.train(cfg, pretrain.open_dataset(cfg.dataset), make_model, make_data, "chat"):
+    if pretrain.train(cfg, make_model, make_data, "chat"):
         print("\nnext:  python sample.py --chat")
 
 

@@ -22,6 +22,8 @@ class UserError(Exception):
 def run_main(main, script):
     """Call main(); a UserError becomes `script: message` and exit code 2, Ctrl-C becomes 130."""
     name = Path(script).name
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a Windows console or file may not know every character
     try:
         main()
     except UserError as e:
@@ -72,6 +74,10 @@ def read_settings(script):
             section = next((line.strip("#- ") for line in above if line.startswith("# ----")), "")
             value = eval(compile(ast.Expression(node.value), script, "eval"), {"__builtins__": {}})
             comment = lines[node.end_lineno - 1].partition("  # ")[2]
+            for line in lines[node.end_lineno:]:  # a comment may go on below
+                if not line.startswith("#  "):
+                    break
+                comment += " " + line.strip("# ")
             settings[node.targets[0].id] = (value, comment, section)
     return settings
 

@@ -51,6 +51,8 @@ class BinWriter:
             file.close()
             for kind in ("bin", "idx"):
                 (self.folder / f"{split}.{kind}.part").unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def n_docs(self, split):
         return len(self.starts[split]) - 1
@@ -85,6 +87,7 @@ class BinWriter:
         for split, file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
+            file.close()  # Windows renames no open file
             write_file(self.folder / f"{split}.idx.part",
                        np.array(self.starts[split], dtype="<u8").tobytes())
             meta["splits"][split] |= dict(documents=self.n_docs(split),

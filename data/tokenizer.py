@@ -57,6 +57,7 @@ class Tokenizer:
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
                   for m in model.get("merges", [])]
         self.nfc = spec.get("normalizer") == {"type": "NFC"}
+        self.token_bytes = self._byte_table()
         regex = self._known_regex(merges)
         identity = [sorted(model["vocab"].items()), merges, regex or spec.get("pre_tokenizer"),
                     spec.get("normalizer"), sorted(self.specials.items())]
@@ -82,18 +83,28 @@ class Tokenizer:
             "end_of_word_suffix"))
         ordered = all(a < b for a, b in zip([-1, *made], made))
         complete = len(vocab.keys() - self.specials.keys()) == len(made) + 256
-        known = regex in (QWEN_REGEX, GPT2_REGEX) and self.spec.get("normalizer") in (
-            None, {"type": "NFC"})
+        known = (regex in (QWEN_REGEX, GPT2_REGEX) and self.token_bytes is not None
+                 and self.spec.get("normalizer") in (None, {"type": "NFC"}))
         return regex if known and plain and ordered and complete else None
+
+    def _byte_table(self):
+        """The bytes of every id, or None where tokens are not in the byte-level alphabet."""
+        alphabet, table = byte_alphabet(), [b""] * self.n_ids
+        if (self.spec.get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        for token, i in self.spec["model"]["vocab"].items():
+            if token not in self.specials:
+                if any(c not in alphabet for c in token):
+                    return None
+                table[i] = bytes(alphabet[c] for c in token)
+        for token, i in self.specials.items():
+            table[i] = token.encode()
+        return table
 
     def _tiktoken(self, regex):
         import tiktoken
-        alphabet = byte_alphabet()
-        ranks = {bytes(alphabet[c] for c in token): i for token, i in
-                 self.spec["model"]["vocab"].items() if token not in self.specials}
-        self.token_bytes = [b""] * self.n_ids
-        for token, i in [*ranks.items(), *((t.encode(), i) for t, i in self.specials.items())]:
-            self.token_bytes[i] = token
+        vocab = self.spec["model"]["vocab"]
+        ranks = {self.token_bytes[i]: i for token, i in vocab.items() if token not in self.specials}
         return tiktoken.Encoding("own", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
 
     def _tokenizers(self):
@@ -111,7 +122,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """UTF-8 bytes of ids; may begin or end inside a character. Ids past n_ids are nothing."""
-        if self.slow:
+        if self.token_bytes is None:
             return self.slow.decode([int(i) for i in ids], skip_special_tokens=False).encode()
         return b"".join(self.token_bytes[i] for i in ids if i < self.n_ids)
 
@@ -198,7 +209,8 @@ def load_tokenizer(name):
 
 
 def _download(hub_id):
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, logging
+    logging.set_verbosity_error()  # its retries would fill the screen
     try:
         return Path(hf_hub_download(hub_id, "tokenizer.json"))
     except (OSError, ValueError) as e:
