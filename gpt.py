@@ -239,7 +239,7 @@ def sample_next(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # descending
-    probs = (logits / temperature).softmax(-1)
+    probs = (logits / max(temperature, 1e-5)).softmax(-1)
     # nucleus (arXiv:1904.09751): keep the fewest likeliest ids whose mass reaches top_p
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
     choice = torch.multinomial(probs, 1, generator=generator)

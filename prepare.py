@@ -65,8 +65,10 @@ def encode_batch(batch, tok, kind):
         doc, identity = clean_document(doc)
         contents = [doc] if isinstance(doc, str) else [m["content"] for m in doc]
         text = "\n".join(contents)
+        answers = text if kind == "text" else "".join(
+            m["content"] for m in doc if m["role"] == "assistant")
         ids = tok.encode(text) if kind == "text" else tok.dialogue(doc)
-        ids = np.array([*ids, tok.eot], dtype=np.uint32) if text.strip() else None
+        ids = np.array([*ids, tok.eot], dtype=np.uint32) if answers.strip() else None
         rows.append((source, digest(identity), ids, len(text), len(text.encode())))
     return rows
 
@@ -164,20 +166,23 @@ def split_finer(out, kind, fraction, tok, splits):
     out.restart()
     totals = {k: splits["train"][k] + splits["val"][k] for k in ("characters", "bytes")}
     if kind == "chat":
-        n_val = max(1, round(fraction * len(docs)))
+        n_val = min(len(docs) - 1, max(1, round(fraction * len(docs))))
         if len(docs) < 2:
             raise UserError("one dialogue can't be split into training and validation; give more")
         first = len(docs) - n_val
         parts = [(doc, doc[:0]) if i < first else (doc[:0], doc) for i, doc in enumerate(docs)]
         print(f"  few dialogues: the last {n_val} of {len(docs)} are the validation split")
     else:
-        cuts = [len(doc) - max(1, min(round(fraction * len(doc)), len(doc) - 1)) for doc in docs]
+        # the end token and at least four more, or half of what there is
+        cuts = [len(doc) - max(round(fraction * len(doc)), min(5, len(doc) // 2)) for doc in docs]
         parts = [(np.append(doc[:cut], tok.eot)[:cut + (cut > 0)], doc[cut:])
                  for doc, cut in zip(docs, cuts)]
         print(f"  few documents: the last {fraction:.1%} of each of the {len(docs)} is the "
               "validation split")
-    raw = b"".join(tok.decode_bytes(part[part != tok.eot]) for _, part in parts)
+    raw = b"".join(visible_bytes(part, kind, tok) for _, part in parts)
     held = dict(characters=len(raw.decode("utf-8", errors="ignore")), bytes=len(raw))
+    if not 0 < held["characters"] < totals["characters"]:
+        raise UserError("there is too little text to hold any out for validation; give more")
     for split, part in zip(SPLITS, zip(*parts)):
         for ids in part:
             if len(ids):
@@ -186,12 +191,22 @@ def split_finer(out, kind, fraction, tok, splits):
         splits["val"][key], splits["train"][key] = value, totals[key] - value
 
 
+def visible_bytes(ids, kind, tok):
+    """UTF-8 of a document's text, or of its messages a line each, without control tokens."""
+    if kind == "text":
+        return tok.decode_bytes(ids[ids != tok.eot])
+    heads = np.flatnonzero(ids == tok.im_start)
+    messages = [tok.decode(ids[a + 1:]).split("<|im_end|>")[0] for a in heads]
+    return "\n".join(m.partition("\n")[2] for m in messages).encode()
+
+
 def prepare(jobs, kind, name, tok, fraction, n_workers):
     """Write data/<name> from jobs [(source, files)] with the Tokenizer tok; returns its meta."""
     began, folder = time.time(), Path("data") / name
     receipts, seen, threshold = Receipts(jobs), set(), int(fraction * 2**64)
     splits = {s: dict(characters=0, bytes=0) for s in SPLITS}
-    with BinWriter(folder, tok.n_ids) as out, tqdm(unit=" documents", delay=2) as progress:
+    with BinWriter(folder, tok.n_ids) as out, tqdm(
+            unit=" documents", delay=2, disable=None, leave=False) as progress:
         batch_iter = batches(read(jobs), receipts.drop)
         for source, key, ids, chars, n_bytes in encode_all(batch_iter, tok, kind, n_workers):
             progress.update()
@@ -256,6 +271,10 @@ def main(argv=None):
         raise UserError(f"name a source: demo, {', '.join(SOURCES)}. --help tells more"
                         + (f" ('{words[0]}' is none)" if words else ""))
     source, *paths = words
+    if "" in paths:
+        raise UserError("an empty path; is a shell variable unset?")
+    if cfg.name in (".", "..") or Path(cfg.name).name != cfg.name:
+        raise UserError(f"name={cfg.name} is to be one folder under data/")
     if source == "demo":
         if paths:
             raise UserError(f"demo is the embedded text and takes no path ({paths[0]})")

@@ -54,7 +54,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +62,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, configure, run_main
@@ -359,11 +360,14 @@ class Trainer:
         """run.json, and the log cut back to the step this run starts from."""
         if not self.machine.main:
             return
-        if self.cfg.overwrite:
+        if self.step == 0:
             clear_run(self.out)
+        old = self.out / "best.old"  # killed while best/ was being replaced
+        if old.is_dir() and not (self.out / "best").exists():
+            os.replace(old, self.out / "best")
         self.out.mkdir(parents=True, exist_ok=True)
         log = self.out / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
         kept = [line for line in lines if self.step and is_json_up_to(line, self.step)]
         write_file(log, "".join(line + "\n" for line in kept))
         self.write_run()
@@ -442,12 +446,13 @@ class Trainer:
             return
         path = self.out / f"ckpt_step_{self.step}.pt"
         part = Path(f"{path}.part")
-        with open(part, "wb") as f:
-            torch.save(dict(step=self.step, best=self.best, cfg=vars(self.cfg),
-                            losses=[loss.item() for loss in self.losses],
-                            model=self.model.state_dict(), model_config=asdict(self.model.config),
-                            optimizers=[opt.state_dict() for opt in self.optimizers],
-                            scaler=self.scaler.state_dict(), data=self.data.bins.fingerprint()), f)
+        state = dict(
+            step=self.step, best=self.best, losses=[loss.item() for loss in self.losses],
+            cfg=vars(self.cfg), data=self.data.bins.fingerprint(), model=self.model.state_dict(),
+            model_config=asdict(self.model.config), scaler=self.scaler.state_dict(),
+            optimizers=[opt.state_dict() for opt in self.optimizers])
+        with whole_or_nothing(part), open(part, "wb") as f:
+            torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -458,14 +463,14 @@ class Trainer:
         """best/ or final/: what transformers, vLLM and sample.py load."""
         part, tok, chat = self.out / f"{name}.part", self.data.tokenizer, self.kind == "chat"
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-        ends = [tok.im_end, tok.eot] if chat else tok.eot
-        self.model.save_pretrained(part, bos_token_id=tok.eot, eos_token_id=ends,
-                                   pad_token_id=tok.eot)
-        tok.save(part, chat)
-        generation = dict(do_sample=True, bos_token_id=tok.eot, eos_token_id=ends,
-                          pad_token_id=tok.eot, **SAMPLING[self.kind])
-        write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
-        replace_folder(part, self.out / name)
+        ids = dict(bos_token_id=tok.eot, pad_token_id=tok.eot,
+                   eos_token_id=[tok.im_end, tok.eot] if chat else tok.eot)
+        generation = ids | dict(do_sample=True) | SAMPLING[self.kind]
+        with whole_or_nothing(part):
+            self.model.save_pretrained(part, **ids)
+            tok.save(part, chat)
+            write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
+            replace_folder(part, self.out / name)
 
     def finish(self):
         if self.machine.main:
@@ -476,6 +481,18 @@ class Trainer:
             plot_losses(self.out)
         if self.machine.world > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def whole_or_nothing(part):
+    """Remove the file or folder `part` if writing it fails, and say so in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{part} can't be written ({reason}). Is the disk full? The checkpoint "
+                        "before is sound; the same command goes on from it") from e
 
 
 def lr_factor(step, cfg):
@@ -508,7 +525,7 @@ def plot_losses(out):
     entries = [json.loads(line) for line in lines]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label in (("loss", "train"), ("val_loss", "val")):
-        points = [(e["tokens"], e[key]) for e in entries if key in e]
+        points = [(e["tokens"], e[key]) for e in entries if key in e and "tokens" in e]
         axes.plot(*zip(*points), label=label) if points else None
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.legend()
@@ -527,9 +544,9 @@ def checkpoint_files(out):
 
 def clear_run(out):
     """Remove what an earlier run left in out."""
-    for name in ("best", "final"):
+    for name in ("best", "best.old", "best.part", "final", "final.part"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for file in [*checkpoint_files(out), out / "log.jsonl", out / "run.json", out / "loss.png"]:
+    for file in [*out.glob("ckpt_step_*"), out / "log.jsonl", out / "run.json", out / "loss.png"]:
         file.unlink(missing_ok=True)
 
 
@@ -542,7 +559,10 @@ def find_checkpoint(cfg, bins):
     for file in files:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            checkpoint["step"], checkpoint["optimizers"]  # a file of another kind has neither
+            missing = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers",
+                       "scaler", "data"} - checkpoint.keys()
+            if missing:
+                raise KeyError(*missing)
         except Exception as e:  # a file cut short raises almost anything
             print(f"{file} is damaged ({type(e).__name__}); trying the one before", file=sys.stderr)
             continue
@@ -551,6 +571,9 @@ def find_checkpoint(cfg, bins):
         return checkpoint
     if files:
         raise UserError(f"{out}: every checkpoint is damaged. Start anew: --overwrite")
+    if (out / "final").is_dir() and not cfg.overwrite:
+        raise UserError(f"{out} holds a finished model and no checkpoint to go on from. Choose "
+                        "another --out_dir, or add --overwrite")
     return None
 
 
@@ -570,12 +593,14 @@ def check_resumable(cfg, bins, checkpoint, file):
 
 def load_model(path, dropout=0.0, block_size=0):
     """(GPT, Tokenizer) of a model folder or hub id; what is wrong with it becomes one line."""
+    if (Path(path) / "best" / "config.json").is_file():
+        raise UserError(f"{path} is a run; its models are {path}/best and {path}/final")
     if not Path(path).exists() and (path.count("/") > 1 or Path(path).parent.is_dir()
                                     and "/" in path):
         raise UserError(f"{path}: no such folder, and not a hub id like Qwen/Qwen3-0.6B")
     try:
         model = GPT.from_pretrained(path, dropout, block_size)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RuntimeError, OverflowError) as e:
         hint = "" if Path(path).exists() else (
             ". There is no such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
         reason = (str(e) or type(e).__name__).splitlines()[0]

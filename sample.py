@@ -35,6 +35,9 @@ from config import UserError, configure, newest_model, run_main
 from data.bins import Bins
 from pretrain import choose_device, choose_dtype, load_model
 
+LOWEST = dict(max_new_tokens=1, num_samples=1, seed=0, temperature=0.0, top_k=0, top_p=1e-6,
+              repetition_penalty=1e-3)
+
 
 def load(cfg):
     """(model ready to sample, its tokenizer)."""
@@ -58,11 +61,13 @@ def fill_in(cfg, file):
     try:
         own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         own = {name: type(plain[name])(own.get(name) or plain[name]) for name in plain}
-    except (ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{file} can't be read ({type(e).__name__}: {e})") from e
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise UserError(f"{file} can't be read ({type(e).__name__})") from e
     for name, value in own.items():
         if getattr(cfg, name) == -1:
             setattr(cfg, name, value)
+        if not LOWEST[name] <= getattr(cfg, name) < 1e6:
+            raise UserError(f"{name}={getattr(cfg, name)} must be at least {LOWEST[name]}")
 
 
 def stream(model, tok, ids, cfg, seed, stop_ids):
@@ -174,10 +179,9 @@ def main():
     if words:
         raise UserError(f"'{words[0]}' is not a setting (--name=value); to continue a text: "
                         f'--start="{words[0]}"')
-    for name, low in (("max_new_tokens", 1), ("num_samples", 1), ("temperature", 0), ("top_k", 0),
-                      ("top_p", 1e-6), ("repetition_penalty", 1e-6)):
-        if getattr(cfg, name) < low and getattr(cfg, name) != -1:
-            raise UserError(f"{name}={getattr(cfg, name)} must be at least {low}")
+    for name in ("max_new_tokens", "num_samples", "seed"):
+        if not LOWEST[name] <= getattr(cfg, name) < 2**62:
+            raise UserError(f"{name}={getattr(cfg, name)} must be at least {LOWEST[name]}")
     model, tok = load(cfg)
     if cfg.chat:
         return talk(model, tok, cfg)

@@ -32,6 +32,7 @@ def run_main(main, script):
         sys.exit(_fail(name, "interrupted", 130))
     except BrokenPipeError:  # `python sample.py | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as e:
         if e.errno is None:
             raise
@@ -57,7 +58,7 @@ def newest_model(kind="", root="out"):
             models = [m for m in models if (m / "config.json").is_file()]
             if models and (not kind or run["kind"] == kind):
                 runs.append((max((m / "config.json").stat().st_mtime for m in models), models[0]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # half a run is no run
     return max(runs)[1] if runs else None
 
@@ -116,7 +117,7 @@ def _apply_file(cfg, fixed, path):
         raise UserError(f"no config file {path}")
     try:
         values = runpy.run_path(path)
-    except Exception as e:  # the user's own code: whatever it raises is theirs to mend
+    except (Exception, SystemExit) as e:  # the user's own code: what it raises is theirs to mend
         raise UserError(f"{path}: {type(e).__name__}: {e}") from e
     for name, value in values.items():
         if name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
@@ -137,14 +138,23 @@ def _check_name(cfg, fixed, name, where):
 def _typed(name, value, default, where=""):
     if isinstance(default, float) and type(value) is int:
         value = float(value)
+    if isinstance(value, str) and not value.isprintable() and not _encodes(value):
+        raise UserError(f"{where}{name}={value!r} is not Unicode text")
     if type(value) is not type(default):
         raise UserError(f"{where}{name}={value!r} is not of type {type(default).__name__}")
     return value
 
 
+def _encodes(text):
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        return False
+
+
 def _parse(name, text, default):
     if isinstance(default, str):
-        return text
+        return _typed(name, text, default)
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from array import array
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,14 @@ SPLITS = ("train", "val")
 def write_file(path, content):
     """Write str or bytes whole or not at all: beside, fsync, rename."""
     part = Path(f"{path}.part")
-    with open(part, "wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class BinWriter:
@@ -48,7 +52,8 @@ class BinWriter:
 
     def __exit__(self, *error):
         for split, file in self.files.items():
-            file.close()
+            with suppress(OSError):  # on a full disk closing fails too
+                file.close()
             for kind in ("bin", "idx"):
                 (self.folder / f"{split}.{kind}.part").unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
@@ -117,9 +122,15 @@ class Bins:
             self.meta = json.loads(meta_file.read_text(encoding="utf-8"))
             version, self.kind = self.meta["version"], self.meta["kind"]
             self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-            sizes = {s: (self.meta["splits"][s]["tokens"], self.meta["splits"][s]["documents"])
-                     for s in SPLITS}
-        except (ValueError, KeyError, TypeError) as e:
+            if self.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+                raise ValueError(f"dtype {self.dtype}")
+            splits = {s: self.meta["splits"][s] for s in SPLITS}
+            sizes = {s: (int(splits[s]["tokens"]), int(splits[s]["documents"])) for s in SPLITS}
+            for s in SPLITS:
+                if min(*sizes[s], splits[s]["bytes"], splits[s]["characters"]) < 1:
+                    raise ValueError(f"{s} is empty")
+            self.fingerprint()
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise self._bad(f"meta.json can't be read ({type(e).__name__}: {e})") from e
         if version != VERSION:
             raise self._bad(f"format {version}, this program reads {VERSION}")
@@ -132,7 +143,7 @@ class Bins:
         try:
             spec = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
             self.tokenizer = Tokenizer(spec)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except Exception as e:  # `tokenizers` raises what it likes
             raise self._bad(f"tokenizer.json can't be read ({type(e).__name__}: {e})") from e
         if self.tokenizer.fingerprint != self.meta["tokenizer"]:
             have, want = self.tokenizer.fingerprint[:8], self.meta["tokenizer"][:8]
@@ -148,7 +159,11 @@ class Bins:
 
     def starts(self, split):
         """(documents + 1,) int64: where each begins, and the total."""
-        return np.fromfile(self.folder / f"{split}.idx", dtype="<u8").astype(np.int64)
+        starts = np.fromfile(self.folder / f"{split}.idx", dtype="<u8").astype(np.int64)
+        total = self.meta["splits"][split]["tokens"]
+        if starts[0] != 0 or starts[-1] != total or (np.diff(starts) < 1).any():
+            raise self._bad(f"{split}.idx is damaged")
+        return starts
 
     def fingerprint(self):
         """What a resumed run must find unchanged: the ids of both splits."""

@@ -172,8 +172,9 @@ def train_bytebpe(texts, vocab_size):
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
-    if vocab_size < 256 + 3:
-        raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and 3 control tokens")
+    if not 256 + 3 <= vocab_size <= 2**20:
+        raise UserError(f"vocab_size={vocab_size} is too small or too large: 259 (256 bytes and 3 "
+                        "control tokens) to 1,048,576")
     tok = HFTokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(QWEN_REGEX), "isolated"),
@@ -204,8 +205,9 @@ def load_tokenizer(name):
         if path.suffix == ".tiktoken":
             return _from_tiktoken(path)
         return Tokenizer(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: not a tokenizer file ({type(e).__name__}: {e})") from e
+    except Exception as e:  # `tokenizers` raises what it likes
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"{path}: not a tokenizer file ({type(e).__name__}: {reason})") from e
 
 
 def _download(hub_id):

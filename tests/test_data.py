@@ -245,7 +245,8 @@ def test_every_kind_of_file_and_every_loss_is_counted(tmp_path):
     (raw / "e.txt.xz").write_bytes(lzma.compress("另一种压缩".encode()))
     (raw / "cut.jsonl.gz").write_bytes(gzip.compress(body)[:-30])
     (raw / "picture.png").write_bytes(b"\x89PNG")
-    done = prepare(tmp_path, "text", raw, "--tokenizer=bytebpe", "--vocab_size=300", "--name=x")
+    done = prepare(tmp_path, "text", raw, "--tokenizer=bytebpe", "--vocab_size=300", "--name=x",
+                   "--val_fraction=0.1")
     assert f"{raw}/a.jsonl:41: not JSON" in done.stderr.replace("\\", "/")
     bins = Bins("x", tmp_path / "data")
     counts = bins.meta["sources"]["text"]
@@ -275,6 +276,13 @@ def test_a_few_documents_are_split_at_their_ends(tmp_path):
     assert totals["val"]["tokens"] == pytest.approx(0.1 * len(bins.tokens("train")), rel=0.2)
 
 
+def test_too_little_text_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("长", encoding="utf-8")
+    done = run(tmp_path, "prepare.py", "text", tmp_path / "a.txt", "--tokenizer=bytebpe",
+               "--vocab_size=300")
+    one_line(done, "too little text")
+
+
 def test_a_few_dialogues_are_split_whole(tmp_path):
     lines = [json.dumps({"messages": [
         {"role": "user", "content": f"问{i}"}, {"role": "assistant", "content": f"答{i}"}]})
@@ -283,6 +291,7 @@ def test_a_few_dialogues_are_split_whole(tmp_path):
     prepare(tmp_path, "chat", tmp_path / "c.jsonl", "--tokenizer=bytebpe", "--vocab_size=270")
     bins = Bins("chat", tmp_path / "data")
     assert [len(documents(bins, s)) for s in ("train", "val")] == [4, 1]
+    assert [bins.meta["splits"][s]["characters"] for s in ("train", "val")] == [20, 5]
     (tmp_path / "c.jsonl").write_text(lines[0], encoding="utf-8")
     done = run(tmp_path, "prepare.py", "chat", tmp_path / "c.jsonl", "--tokenizer=bytebpe",
                "--vocab_size=270", "--name=y")
@@ -360,7 +369,8 @@ def test_documents_written_are_the_documents_read(docs):
             for doc in docs:
                 out.add("train", doc)
             out.add("val", [0])
-            out.finish(tok, dict(kind="text", splits=dict(train={}, val={})))
+            size = dict(characters=1, bytes=1)
+            out.finish(tok, dict(kind="text", splits=dict(train=dict(size), val=dict(size))))
         bins = Bins("x", folder)
         assert [d.tolist() for d in documents(bins, "train")] == docs
         del bins

@@ -368,7 +368,7 @@ def test_config_files_and_their_mistakes(place):
 @pytest.mark.parametrize("words, what", [
     (("--start=x",), "no model under out/ yet"), (("--chat",), "no chat model"),
     (("--model=nowhere",), "nowhere can't be loaded"), (("--start=FILE:no.txt",), "no model"),
-    (("x",), '--start="x"'), (("--top_p=0",), "top_p"), (("--num_samples=0",), "num_samples")])
+    (("x",), '--start="x"'), (("--seed=-2",), "seed"), (("--num_samples=0",), "num_samples")])
 def test_what_sample_cannot_do_is_one_line(words, what, tmp_path):
     one_line(run(tmp_path, "sample.py", *words), "sample.py: ", what)
 
