@@ -602,7 +602,7 @@ def load_model(path, dropout=0.0, block_size=0):
         model = GPT.from_pretrained(path, dropout, block_size)
     except (OSError, ValueError, RuntimeError, OverflowError) as e:
         hint = "" if Path(path).exists() else (
-            ". There is no such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
+            ". No such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"{path} can't be loaded: {reason}{hint}") from e
     tok = load_tokenizer(path)
@@ -618,8 +618,8 @@ def load_base(path, bins, dropout, block_size=0):
     model, tok = load_model(path, dropout, block_size)
     if tok.fingerprint != bins.tokenizer.fingerprint:
         ours, theirs = bins.tokenizer.fingerprint[:8], tok.fingerprint[:8]
-        raise UserError(f"{bins.folder} was made with another tokenizer (sha256 {ours}) than {path} "
-                        f"has ({theirs}). Prepare it again with --tokenizer={path}")
+        raise UserError(f"{bins.folder} was made with another tokenizer (sha256 {ours}) than "
+                        f"{path} has ({theirs}). Prepare it again with --tokenizer={path}")
     return model
 
 
@@ -635,8 +635,8 @@ def make_model(cfg, bins):
     if cfg.init_from not in ("auto", "scratch"):
         model = load_base(cfg.init_from, bins, cfg.dropout, cfg.block_size)
         if cfg.block_size > model.config.block_size:
-            raise UserError(f"block_size={cfg.block_size} is more than the {model.config.block_size} "
-                            f"that {cfg.init_from} was made for")
+            raise UserError(f"block_size={cfg.block_size} is more than {cfg.init_from} was made "
+                            f"for ({model.config.block_size})")
         return model
     n_ids = bins.tokenizer.n_ids
     try:

@@ -7,6 +7,7 @@ its names, defaults, types and, for --help, its comments.
 """
 import ast
 import difflib
+import errno
 import json
 import os
 import runpy
@@ -23,7 +24,7 @@ def run_main(main, script):
     """Call main(); a UserError becomes `script: message` and exit code 2, Ctrl-C becomes 130."""
     name = Path(script).name
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a Windows console or file may not know every character
+        stream.reconfigure(errors="replace")  # a Windows console may not know every character
     try:
         main()
     except UserError as e:
@@ -37,7 +38,8 @@ def run_main(main, script):
         if e.errno is None:
             raise
         where = f"{e.filename}: " if e.filename else ""
-        sys.exit(_fail(name, f"{where}{e.strerror}", 2))
+        advice = ". Free some space and start again" if e.errno == errno.ENOSPC else ""
+        sys.exit(_fail(name, f"{where}{e.strerror}{advice}", 2))
 
 
 def _fail(name, message, code):

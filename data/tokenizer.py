@@ -67,7 +67,7 @@ class Tokenizer:
         self.assistant_header = np.array([self.im_start, *self.encode("assistant\n")])
 
     def _known_regex(self, merges):
-        """The splitting regex, if tiktoken makes with it the ids that `tokenizers` makes; or None."""
+        """The splitting regex, if with it tiktoken makes the ids `tokenizers` makes; or None."""
         model, pre = self.spec["model"], self.spec.get("pre_tokenizer") or {}
         rules = pre.get("pretokenizers", [pre])
         last, vocab = rules[-1], model["vocab"]
