@@ -1,24 +1,38 @@
 """Raw text to bins: read, clean, drop duplicates, tokenise, split, write data/<name>/.
 
-    python prepare.py demo                          # the embedded text: data/demo, data/demo_chat
-    python prepare.py wiki PATH                     # wiki_zh_2019, folders AA/, AB/, ...
-    python prepare.py text PATH ... --name=novels   # .txt or .jsonl with a key 'text'; also .gz .xz
-    python prepare.py chat PATH ... --tokenizer=out/pretrain_zh/final
+    python prepare.py demo                        # the embedded text: data/demo, data/demo_chat
+    python prepare.py wiki [PATH ...]             # thucnews, text, chat, belle, webqa ... likewise
+    python prepare.py wiki thucnews --name=zh     # several sources in one set
+    python prepare.py tokenizer PATH ... --vocab_size=16384      # a tokenizer alone
+    python prepare.py inspect NAME                # what is in data/NAME
 
-Without PATH a source reads data/raw/<source>/. The set is the same, byte for byte, for any number
-of workers and any order of paths.
+Without PATH a source reads data/raw/<source>/. Files may be .gz .bz2 .xz .zip, in UTF-8, UTF-16 or
+GB18030. The set is the same, byte for byte, for any number of workers and any order of paths.
 """
 # ---- output ----
-name = ""            # folder under data/; "" = the source's name
+name = ""            # folder under data/; "" = the names of the sources
 # ---- tokenizer ----
 tokenizer = ""       # bytebpe (trained here), qwen, gpt2, a hub id or a path; "" = qwen, but demo:
 #                      bytebpe, and chat: that of the newest base model under out/
 vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, demo: 4,096
+# ---- what is read ----
+field = ""           # key of the text in .jsonl .json .csv .parquet; "" = text, content, completion
+evidence = False     # questions about a text (webqa, dureader, SQuAD's form) with it in front
+sample = 1.0         # share of the documents that is taken, chosen by their hash
+max_docs = 0         # documents read of each source; 0 = all
+# ---- cleaning of texts ----
+min_chars = 10       # shorter texts are dropped
+min_chinese = 0.1    # texts with a smaller share of Chinese characters are dropped
+simplify = False     # traditional to simplified characters (pip install opencc)
+near_duplicates = 0.0  # drop texts this similar to an earlier one (0.8, say; pip install datasketch)
 # ---- split and speed ----
 val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.005, demo: 0.05
-workers = 0          # processes that tokenise; 0 = one a core, fewer for little text
+workers = 0          # processes that clean and tokenise; 0 = one a core, fewer for little text
+# ---- inspect ----
+plot = False         # also draw data/NAME/inspect.png (pip install matplotlib)
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -28,59 +42,87 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
 from config import UserError, configure, newest_model, run_main
-from data.bins import SPLITS, BinWriter
-from data.sources import SOURCES, Dropped, clean_document, find_files
-from data.tokenizer import Tokenizer, load_tokenizer, train_bytebpe
+from data.bins import SPLITS, BinWriter, id_dtype
+from data.clean import Rules, clean_document, identity, to_simplified
+from data.files import Dropped, find_files
+from data.near import NearDuplicates, signature
+from data.sources import SOURCES, WikiPage
+from data.tokenizer import load_tokenizer, train_bytebpe
 
 DEMO = Path(__file__).parent / "data" / "demo" / "raw"
-BATCH = 1_000_000    # characters that travel to a worker at once
+BATCH = 500_000      # characters that travel to a worker at once
 MIN_DOCUMENTS = 20   # with fewer, whole documents are too coarse a split
 SHOWN = 5            # dropped documents whose place is printed, by reason
+TRAINING_TEXT = 2**24  # characters a tokenizer is trained on at most: a sample beyond that
 
 
-def digest(identity):
-    """64-bit hash of a cleaned document: finds exact duplicates and decides the split."""
-    return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
+# ---- reading ----
+
+def choose_jobs(words, default=""):
+    """Words of the command line, sources each with their paths -> sorted [(source, files)]."""
+    paths = {}
+    for word in words:
+        if word in SOURCES:
+            default = word
+            paths.setdefault(default, [])
+        elif not default:
+            raise UserError(f"name a source: demo, {', '.join(SOURCES)}. --help tells more"
+                            + (f" ('{word}' is none)" if word else ""))
+        elif not word:
+            raise UserError("an empty path; is a shell variable unset?")
+        else:
+            paths.setdefault(default, []).append(word)
+    return [(source, files_of(source, paths[source])) for source in sorted(paths)]
 
 
-def read(jobs):
+def files_of(source, paths):
+    """The source's files: under paths, else in data/raw/<source>/, else fetched from the hub."""
+    raw, wanted = Path("data") / "raw" / source, SOURCES[source].wanted
+    if not paths and not (raw.is_dir() and any(p.name[0] != "." for p in raw.iterdir())):
+        if not SOURCES[source].hub:
+            raise UserError(f"no path given and nothing in {raw}. Put there {SOURCES[source].what};"
+                            f" or run: python prepare.py {source} PATH")
+        fetch_from_hub(source, raw)
+    return find_files(paths or [raw], wanted)
+
+
+def fetch_from_hub(source, folder):
+    """Download the source's file into folder; a download that breaks off is taken up again."""
+    from huggingface_hub import hf_hub_download
+    dataset, file = SOURCES[source].hub
+    print(f"fetching {dataset} from the hub into {folder} (goes on where it broke off)", flush=True)
+    try:
+        hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
+    except Exception as e:  # the hub client raises errors of four libraries
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"{dataset} can't be fetched ({type(e).__name__}: {reason}). Set HF_ENDPOINT to a "
+            f"mirror and start again; or put into {folder} {SOURCES[source].what}; or run: "
+            f"python prepare.py {source} PATH") from e
+
+
+def read(jobs, cfg):
     """(source, document or Dropped) of every document in the sources' files, in order."""
     for source, files in jobs:
-        for doc in SOURCES[source][1](files):
+        chat = SOURCES[source].kind == "chat"
+        options = dict(evidence=cfg.evidence) if chat else dict(field=cfg.field)
+        if source == "thucnews":
+            options = {}
+        documents = SOURCES[source].documents(files, **options)
+        for doc in itertools.islice(documents, cfg.max_docs or None):
             yield source, doc
 
 
-def encode_batch(batch, tok, kind):
-    """[(source, document)] -> [(source, digest, ids with <|endoftext|>, characters, bytes)].
-
-    In a text set a dialogue is its contents, a line each. ids is None where cleaning left nothing.
-    """
-    rows = []
-    for source, doc in batch:
-        doc, identity = clean_document(doc)
-        contents = [doc] if isinstance(doc, str) else [m["content"] for m in doc]
-        text = "\n".join(contents)
-        answers = text if kind == "text" else "".join(
-            m["content"] for m in doc if m["role"] == "assistant")
-        ids = tok.encode(text) if kind == "text" else tok.dialogue(doc)
-        ids = np.array([*ids, tok.eot], dtype=np.uint32) if answers.strip() else None
-        rows.append((source, digest(identity), ids, len(text), len(text.encode())))
-    return rows
-
-
-def start_worker(spec, kind):
-    global worker_state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    worker_state = Tokenizer(spec), kind
-
-
-def work(batch):
-    return encode_batch(batch, *worker_state)
+def size_of(doc):
+    if isinstance(doc, list):
+        return sum(len(m["content"]) for m in doc)
+    return len(doc.raw if isinstance(doc, WikiPage) else doc)
 
 
 def batches(documents, count_dropped):
@@ -91,7 +133,7 @@ def batches(documents, count_dropped):
             count_dropped(source, doc)
             continue
         batch.append((source, doc))
-        size += len(doc) if isinstance(doc, str) else sum(len(m["content"]) for m in doc)
+        size += size_of(doc) + 100
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -99,65 +141,231 @@ def batches(documents, count_dropped):
         yield batch
 
 
-def encode_all(batch_iter, tok, kind, n_workers):
-    """encode_batch over all batches, in their order, with a bounded number under way."""
+# ---- work on one batch, in any process ----
+
+def digest(data):
+    """64-bit hash of a cleaned document: finds exact duplicates and decides split and sample."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def clean_batch(batch, job):
+    """Yields (source, cleaned document, reason to drop it or "", trimmed, digest)."""
+    for source, doc in batch:
+        doc, reason, trimmed = clean_document(doc, job.rules)
+        key = digest(identity(doc).encode())
+        if not reason and key % 2**32 >= job.sample * 2**32:  # the split looks at the upper half
+            reason = "not in the sample"
+        yield source, doc, reason, trimmed, key
+
+
+def contents(doc):
+    """What a reader sees of a document: in a dialogue the contents of its messages, a line each."""
+    return doc if isinstance(doc, str) else "\n".join(m["content"] for m in doc)
+
+
+def encode_batch(batch, job):
+    """-> (rows, ids): for each document (source, reason, trimmed, digest, tokens, characters,
+    bytes, signature), and the ids of all that have no reason to be dropped, end tokens included.
+    """
+    rows, pieces, tok = [], [], job.tokenizer
+    for source, doc, reason, trimmed, key in clean_batch(batch, job):
+        if reason:
+            rows.append((source, reason, trimmed, key, 0, 0, 0, None))
+            continue
+        text = contents(doc)
+        ids = tok.dialogue(doc) if job.kind == "chat" else tok.encode(text)
+        ids.append(tok.eot)
+        pieces.append(np.array(ids, dtype=job.dtype))
+        rows.append((source, "", trimmed, key, len(ids), len(text), len(text.encode()),
+                     signature(text) if job.near else None))
+    return rows, np.concatenate(pieces) if pieces else np.array([], dtype=job.dtype)
+
+
+def text_batch(batch, job):
+    """[(digest, text)] of what the training split keeps: for a new tokenizer."""
+    return [(key, contents(doc)) for _, doc, reason, _, key in clean_batch(batch, job)
+            if not reason and key >= job.threshold]
+
+
+def start_worker(function, job):
+    global work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    work = function, job
+
+
+def do_work(batch):
+    function, job = work
+    return function(batch, job)
+
+
+def map_batches(function, batch_iter, job, n_workers):
+    """function(batch, job) of all batches, in their order, with a bounded number under way."""
     if n_workers == 1:
-        for batch in batch_iter:
-            yield from encode_batch(batch, tok, kind)
+        yield from (function(batch, job) for batch in batch_iter)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy threads' locks
-    with ProcessPoolExecutor(n_workers, context, start_worker, (tok.spec, kind)) as pool:
+    with ProcessPoolExecutor(n_workers, context, start_worker, (function, job)) as pool:
         pending = deque()
         try:
             for batch in batch_iter:
-                pending.append(pool.submit(work, batch))
-                if len(pending) > 2 * n_workers:
-                    yield from pending.popleft().result()
+                pending.append(pool.submit(do_work, batch))
+                if len(pending) > 3 * n_workers:
+                    yield pending.popleft().result()
             while pending:
-                yield from pending.popleft().result()
+                yield pending.popleft().result()
         except BrokenProcessPool as e:
             raise UserError("a worker was killed, perhaps for memory. Try --workers=1") from e
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+# ---- the books ----
+
 class Receipts:
     """Counts by source: read = written + dropped, always."""
+    columns = ("files", "read", "written", "dropped", "characters", "bytes", "tokens")
 
     def __init__(self, jobs):
-        self.sources = {s: dict(files=len(files), read=0, written=0, dropped=Counter())
-                        for s, files in jobs}
+        self.sources = {source: dict(
+            files=len(files), read=0, written=0, dropped=Counter(), trimmed=Counter(),
+            characters=0, bytes=0, tokens=0) for source, files in jobs}
+        self.seconds, self.mark = Counter(), time.time()
 
     def drop(self, source, dropped):
         counts = self.sources[source]
         counts["read"] += 1
         counts["dropped"][dropped.reason] += 1
         if dropped.where and counts["dropped"][dropped.reason] <= SHOWN:
-            tqdm.write(f"prepare.py: {dropped.where}; skipped", file=sys.stderr)
+            where = "".join(c if c.isprintable() else "?" for c in dropped.where)
+            tqdm.write(f"prepare.py: {where}; skipped", file=sys.stderr)
 
-    def write(self, source):
-        self.sources[source]["read"] += 1
-        self.sources[source]["written"] += 1
+    def write(self, source, tokens, chars, n_bytes, trimmed):
+        counts = self.sources[source]
+        counts["read"] += 1
+        counts["written"] += 1
+        counts["tokens"] += tokens
+        counts["characters"] += chars
+        counts["bytes"] += n_bytes
+        counts["trimmed"] += trimmed
+
+    def lap(self, source):
+        """Time since the last call went into this source."""
+        now = time.time()
+        self.seconds[source] += now - self.mark
+        self.mark = now
+
+    def speeds(self):
+        return {s: round(c["tokens"] / max(self.seconds[s], 1e-9)) for s, c in self.sources.items()}
 
     def print(self, splits):
+        heads = ("source", *self.columns, "chars/token", "tokens/s")
+        table = [[source, *(c[k].total() if k == "dropped" else c[k] for k in self.columns),
+                  f"{c['characters'] / max(1, c['tokens']):.2f}", self.speeds()[source]]
+                 for source, c in self.sources.items()]
+        print_table([heads, *table])
         for source, c in self.sources.items():
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c["dropped"].items()))
-            print(f"  {source}: {c['files']:,} files, {c['read']:,} documents read = "
-                  f"{c['written']:,} written + {c['dropped'].total():,} dropped"
-                  + (f" ({reasons})" if reasons else ""))
+            for what in ("dropped", "trimmed"):
+                if c[what]:
+                    shown = ", ".join(f"{n:,} {k}" for k, n in sorted(c[what].items()) if n)
+                    print(f"  {source}: {what} {shown}")
         for split, s in splits.items():
             print(f"  {split}: {s['documents']:,} documents, {s['characters']:,} characters, "
-                  f"{s['bytes']:,} bytes, {s['tokens']:,} tokens "
-                  f"({s['characters'] / max(1, s['tokens']):.2f} characters per token)")
+                  f"{s['tokens']:,} tokens")
 
 
-def train_texts(jobs, threshold):
-    """Cleaned texts of the training split, for a new tokenizer."""
-    for _, doc in read(jobs):
-        if not isinstance(doc, Dropped):
-            doc, identity = clean_document(doc)
-            if digest(identity) >= threshold:
-                yield doc if isinstance(doc, str) else "\n".join(m["content"] for m in doc)
+def print_table(rows):
+    """Rows of strings and numbers, in columns; the first is left-aligned."""
+    rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *rest in rows:
+        cells = (cell.rjust(w) for cell, w in zip(rest, widths[1:]))
+        print("  " + "  ".join([first.ljust(widths[0]), *cells]))
+
+
+# ---- a prepared set ----
+
+def prepare(jobs, kind, name, tok, cfg):
+    """Write data/<name> from jobs [(source, files)] with the Tokenizer tok; returns its meta."""
+    folder, receipts = Path("data") / name, Receipts(jobs)
+    n_workers, began = choose_workers(cfg.workers, jobs), time.time()
+    job = make_job(cfg, kind=kind, tokenizer=tok, dtype=id_dtype(tok.n_ids))
+    splits = {s: dict(characters=0, bytes=0) for s in SPLITS}
+    keep = Keeper(kind, cfg)
+    with BinWriter(folder, tok.n_ids) as out, tqdm(
+            unit=" documents", delay=2, disable=None, leave=False) as progress:
+        batch_iter = batches(read(jobs, cfg), receipts.drop)
+        for rows, ids in map_batches(encode_batch, batch_iter, job, n_workers):
+            chosen = []  # the split of each document in ids; "" = none
+            for source, reason, trimmed, key, tokens, chars, n_bytes, sign in rows:
+                split, dropped = keep.choose(source, reason, key, sign)
+                if dropped:
+                    receipts.drop(source, Dropped(dropped, ""))
+                else:
+                    receipts.write(source, tokens, chars, n_bytes, trimmed)
+                    splits[split]["characters"] += chars
+                    splits[split]["bytes"] += n_bytes
+                if not reason:
+                    chosen.append("" if dropped else split)
+            lengths = np.array([row[4] for row in rows if not row[1]], dtype=np.int64)
+            for split in SPLITS:
+                wanted = np.array(chosen) == split
+                if wanted.any():
+                    out.add(split, ids[np.repeat(wanted, lengths)], lengths[wanted])
+            receipts.lap(rows[-1][0])
+            progress.update(len(rows))
+        if not keep.seen:
+            dropped = sum((c["dropped"] for c in receipts.sources.values()), Counter())
+            why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items())
+            raise UserError(f"no document is left for {folder}: {why or 'the files are empty'}")
+        if len(keep.seen) < MIN_DOCUMENTS or not all(map(out.n_docs, SPLITS)):
+            split_finer(out, kind, cfg.val_fraction, tok, splits)
+        seconds = time.time() - began
+        run = dict(command=" ".join(sys.argv), time=time.strftime("%Y-%m-%d %H:%M:%S"),
+                   seconds=round(seconds, 2), workers=n_workers, tokens_per_second=receipts.speeds())
+        settings = {k: getattr(cfg, k) for k in (
+            "val_fraction", "sample", "max_docs", "evidence", "near_duplicates")}
+        out.finish(tok, dict(kind=kind, settings=settings | vars(job.rules), splits=splits,
+                             sources=receipts.sources, run=run))
+    speed = sum(s["bytes"] for s in splits.values()) / 1e6 / seconds
+    print(f"{folder}: {seconds:.1f} s, {speed:.1f} MB/s, {tok.n_ids:,} ids ({out.dtype.name})")
+    receipts.print(splits)
+
+
+class Keeper:
+    """Decides, in the parent and in the order of reading, which documents a set keeps."""
+
+    def __init__(self, kind, cfg):
+        self.kind, self.threshold, self.seen = kind, int(cfg.val_fraction * 2**64), set()
+        self.near = NearDuplicates(cfg.near_duplicates) if cfg.near_duplicates else None
+
+    def choose(self, source, reason, key, sign):
+        """-> (split, reason to drop it or "")."""
+        split = "val" if key < self.threshold else "train"
+        if reason:
+            return split, reason
+        if key in self.seen:
+            return split, "duplicate"
+        if split == "val" and self.kind != SOURCES[source].kind:
+            return split, "held out for the chat set"  # its val split must not be trained on here
+        if self.near and self.near.has(key, sign):
+            return split, "near duplicate"
+        self.seen.add(key)
+        return split, ""
+
+
+def make_job(cfg, **more):
+    """What every worker process needs to know."""
+    if cfg.simplify:
+        to_simplified("")  # refuses here, not in a worker, where opencc is not installed
+    rules = Rules(cfg.min_chars, cfg.min_chinese, cfg.simplify)
+    return SimpleNamespace(rules=rules, sample=cfg.sample, near=cfg.near_duplicates > 0,
+                           threshold=int(cfg.val_fraction * 2**64), **more)
+
+
+def choose_workers(wanted, jobs):
+    """As many as asked for, or one a core and 4 MB of files: starting one takes half a second."""
+    size = sum(os.path.getsize(f) for _, files in jobs for f in files)
+    return wanted or max(1, min(os.cpu_count() or 1, size // 4_000_000))
 
 
 def split_finer(out, kind, fraction, tok, splits):
@@ -200,98 +408,102 @@ def visible_bytes(ids, kind, tok):
     return "\n".join(m.partition("\n")[2] for m in messages).encode()
 
 
-def prepare(jobs, kind, name, tok, fraction, n_workers):
-    """Write data/<name> from jobs [(source, files)] with the Tokenizer tok; returns its meta."""
-    began, folder = time.time(), Path("data") / name
-    receipts, seen, threshold = Receipts(jobs), set(), int(fraction * 2**64)
-    splits = {s: dict(characters=0, bytes=0) for s in SPLITS}
-    with BinWriter(folder, tok.n_ids) as out, tqdm(
-            unit=" documents", delay=2, disable=None, leave=False) as progress:
-        batch_iter = batches(read(jobs), receipts.drop)
-        for source, key, ids, chars, n_bytes in encode_all(batch_iter, tok, kind, n_workers):
-            progress.update()
-            split = "val" if key < threshold else "train"
-            reason = "empty" if ids is None else "duplicate" if key in seen else ""
-            if split == "val" and kind != SOURCES[source][0]:
-                reason = "held out for the chat set"  # its val split must not be trained on here
-            if reason:
-                receipts.drop(source, Dropped(reason, ""))
-                continue
-            seen.add(key)
-            receipts.write(source)
-            out.add(split, ids)
-            splits[split]["characters"] += chars
-            splits[split]["bytes"] += n_bytes
-        if not seen:
-            dropped = sum((c["dropped"] for c in receipts.sources.values()), Counter())
-            why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items())
-            raise UserError(f"no document is left for {folder}: {why or 'the files are empty'}")
-        if len(seen) < MIN_DOCUMENTS or not all(map(out.n_docs, SPLITS)):
-            split_finer(out, kind, fraction, tok, splits)
-        seconds = time.time() - began
-        run = dict(command=" ".join(sys.argv), time=time.strftime("%Y-%m-%d %H:%M:%S"),
-                   seconds=round(seconds, 2), workers=n_workers)
-        meta = dict(kind=kind, val_fraction=fraction, splits=splits, sources=receipts.sources)
-        out.finish(tok, meta | dict(run=run))
-    print(f"{folder}: {seconds:.1f} s, {tok.n_ids:,} ids ({out.dtype.name})")
-    receipts.print(splits)
-    return meta
+# ---- tokenizers ----
 
-
-def choose_workers(wanted, jobs):
-    """As many as asked for, or one a core and 8 MB of files: starting one takes a second."""
-    if wanted < 0:
-        raise UserError(f"workers={wanted} is negative")
-    size = sum(f.stat().st_size for _, files in jobs for f in files)
-    return wanted or max(1, min(os.cpu_count() or 1, size // 8_000_000))
-
-
-def make_tokenizer(wanted, vocab_size, jobs, fraction):
+def make_tokenizer(wanted, jobs, cfg, vocab_size=16384):
+    """The Tokenizer that is wanted, trained on jobs' texts if that is "bytebpe"."""
     if wanted != "bytebpe":
         return load_tokenizer(wanted)
-    return train_bytebpe(train_texts(jobs, int(fraction * 2**64)), vocab_size)
+    job, refused = make_job(cfg), Counter()
+    batch_iter = batches(read(jobs, cfg), lambda source, dropped: refused.update([dropped.reason]))
+    rows = map_batches(text_batch, batch_iter, job, choose_workers(cfg.workers, jobs))
+    texts, share = sample_texts(itertools.chain.from_iterable(rows), TRAINING_TEXT)
+    n_chars = sum(map(len, texts))
+    if not n_chars:
+        raise UserError("no text is left to train a tokenizer on")
+    if n_chars > 1_000_000:
+        part = "" if share == 1 else f", {share:.1%} of the documents"
+        print(f"training a tokenizer on {n_chars:,} characters{part}", flush=True)
+    return train_bytebpe(texts, cfg.vocab_size or vocab_size)
 
+
+def sample_texts(rows, most):
+    """Texts of [(digest, text)], at most so many characters -> (texts, share of documents taken).
+
+    Whenever they grow over, the half with the larger digests goes: one pass, bounded memory, and
+    the same texts whatever their order.
+    """
+    kept, size, limit = {}, 0, 2**32
+    for key, text in rows:
+        if key % 2**32 < limit and key not in kept:
+            kept[key] = text
+            size += len(text)
+        while size > most and len(kept) > 1:
+            limit //= 2
+            kept = {k: t for k, t in kept.items() if k % 2**32 < limit}
+            size = sum(map(len, kept.values()))
+    return [kept[key] for key in sorted(kept)], limit / 2**32
+
+
+def prepare_tokenizer(words, cfg):
+    """A tokenizer alone, in data/<name>/."""
+    if not words:
+        raise UserError("name the texts: python prepare.py tokenizer PATH ... --vocab_size=16384")
+    folder = Path("data") / (cfg.name or "tokenizer")
+    tok = make_tokenizer("bytebpe", choose_jobs(words, "text"), cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    tok.save(folder)
+    print(f"{folder}: {tok.n_ids:,} ids. Use it with --tokenizer={folder.as_posix()}")
+
+
+# ---- the commands ----
 
 def prepare_demo(cfg):
     """data/demo (entries, and the dialogues as plain text) and data/demo_chat, one tokenizer."""
-    chat = ("chat", [DEMO / "chat.jsonl"])
-    text = [("wiki", find_files([DEMO / "wiki_zh"], SOURCES["wiki"][2])), chat]
-    fraction = cfg.val_fraction or 0.05
-    tok = make_tokenizer(cfg.tokenizer or "bytebpe", cfg.vocab_size or 4096, text, fraction)
+    chat = ("chat", [str(DEMO / "chat.jsonl")])
+    text = [("wiki", find_files([DEMO / "wiki_zh"], SOURCES["wiki"].wanted)), chat]
+    cfg.val_fraction = cfg.val_fraction or 0.05
+    tok = make_tokenizer(cfg.tokenizer or "bytebpe", text, cfg, 4096)
     base = cfg.name or "demo"
     for jobs, kind, name in ((text, "text", base), ([chat], "chat", base + "_chat")):
-        prepare(jobs, kind, name, tok, fraction, choose_workers(cfg.workers, jobs))
+        prepare(jobs, kind, name, tok, cfg)
+
+
+def check_settings(cfg):
+    for name in ("val_fraction", "near_duplicates", "min_chinese"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UserError(f"{name}={getattr(cfg, name)} is not a share between 0 and 1")
+    if not 0 < cfg.sample <= 1:
+        raise UserError(f"sample={cfg.sample} is not a share: more than 0, at most 1")
+    for name in ("workers", "max_docs", "min_chars", "vocab_size"):
+        if not 0 <= getattr(cfg, name) < 2**31:
+            raise UserError(f"{name}={getattr(cfg, name)} must be 0 or more")
+    if cfg.name in (".", "..", "raw") or Path(cfg.name).name != cfg.name:
+        raise UserError(f"name={cfg.name} is to be one folder under data/")
 
 
 def main(argv=None):
     cfg, words = configure(__file__, argv, files=False)
-    if not 0 <= cfg.val_fraction < 1:
-        raise UserError(f"val_fraction={cfg.val_fraction} is not a share between 0 and 1")
-    if not words or words[0] not in ("demo", *SOURCES):
-        raise UserError(f"name a source: demo, {', '.join(SOURCES)}. --help tells more"
-                        + (f" ('{words[0]}' is none)" if words else ""))
-    source, *paths = words
-    if "" in paths:
-        raise UserError("an empty path; is a shell variable unset?")
-    if cfg.name in (".", "..") or Path(cfg.name).name != cfg.name:
-        raise UserError(f"name={cfg.name} is to be one folder under data/")
-    if source == "demo":
-        if paths:
-            raise UserError(f"demo is the embedded text and takes no path ({paths[0]})")
+    check_settings(cfg)
+    command, rest = (words[0], words[1:]) if words else ("", [])
+    if command == "demo":
+        if rest:
+            raise UserError(f"demo is the embedded text and takes no path ({rest[0]})")
         return prepare_demo(cfg)
-    kind, _, wanted, what = SOURCES[source]
-    raw = Path("data") / "raw" / source
-    if not paths and not raw.is_dir():
-        raise UserError(f"no path given and no folder {raw}. Put there {what}; or run: "
-                        f"python prepare.py {source} PATH")
-    jobs = [(source, find_files(paths or [raw], wanted))]
-    fraction = cfg.val_fraction or 0.005
+    if command == "inspect":
+        from data.inspect import inspect
+        return inspect(rest, cfg.plot)
+    if command == "tokenizer":
+        return prepare_tokenizer(rest, cfg)
+    jobs = choose_jobs(words or [""])
+    sources = [source for source, _ in jobs]
+    kind = "text" if any(SOURCES[s].kind == "text" for s in sources) else "chat"
+    cfg.val_fraction = cfg.val_fraction or 0.005
     base = newest_model("base") if kind == "chat" and not cfg.tokenizer else None
     if base:
         print(f"tokenizer: that of {base}")
-    wanted = cfg.tokenizer or str(base or "qwen")
-    tok = make_tokenizer(wanted, cfg.vocab_size or 16384, jobs, fraction)
-    prepare(jobs, kind, cfg.name or source, tok, fraction, choose_workers(cfg.workers, jobs))
+    tok = make_tokenizer(cfg.tokenizer or str(base or "qwen"), jobs, cfg)
+    prepare(jobs, kind, cfg.name or "_".join(sources), tok, cfg)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,24 @@ def write_file(path, content):
         part.unlink(missing_ok=True)
 
 
+def id_dtype(n_ids):
+    """The type that token ids below n_ids are stored in."""
+    return np.dtype("<u2" if n_ids <= 2**16 else "<u4")
+
+
+def lock(file, folder):
+    """Refuse to write what another process is writing; its lock ends with it, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows lets no second process replace an open file
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.close()
+        raise UserError(f"{folder} is being prepared by another process") from e
+
+
 class BinWriter:
     """Writes one prepared set; nothing of it can be read before finish().
 
@@ -41,10 +59,10 @@ class BinWriter:
     """
 
     def __init__(self, folder, n_ids):
-        self.folder, self.n_ids = Path(folder), n_ids
-        self.dtype = np.dtype("<u2" if n_ids <= 2**16 else "<u4")
+        self.folder, self.n_ids, self.dtype = Path(folder), n_ids, id_dtype(n_ids)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.files = {s: open(self.folder / f"{s}.bin.part", "w+b") for s in SPLITS}
+        self.files = {s: open(self.folder / f"{s}.bin.part", "a+b") for s in SPLITS}
+        lock(self.files["train"], self.folder)
         self.restart()
 
     def __enter__(self):
@@ -62,15 +80,18 @@ class BinWriter:
     def n_docs(self, split):
         return len(self.starts[split]) - 1
 
-    def add(self, split, ids):
-        """Append a document, ids (n,) of any integer type, its <|endoftext|> included."""
+    def add(self, split, ids, lengths=None):
+        """Append a document, or as many as lengths has, one after the other in ids: (n,) of any
+        integer type, each with its <|endoftext|>."""
         ids = np.asarray(ids)
+        lengths = np.asarray([len(ids)] if lengths is None else lengths)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.n_ids:
             raise ValueError(f"id {ids.max()} in a set of {self.n_ids} ids")  # would wrap silently
         raw = ids.astype(self.dtype).tobytes()
         self.files[split].write(raw)
         self.hashes[split].update(raw)
-        self.starts[split].append(self.starts[split][-1] + len(ids))
+        starts = self.starts[split]
+        starts.frombytes((starts[-1] + lengths.cumsum()).astype(np.uint64).tobytes())
 
     def documents(self, split):
         """The documents written so far, as arrays."""
@@ -82,8 +103,7 @@ class BinWriter:
     def restart(self):
         """Forget every document, to write them anew."""
         for split in SPLITS:
-            self.files[split].seek(0)
-            self.files[split].truncate()
+            self.files[split].truncate(0)
         self.starts = {s: array("Q", [0]) for s in SPLITS}  # 8 bytes a document
         self.hashes = {s: hashlib.sha256() for s in SPLITS}
 

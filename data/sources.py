@@ -1,165 +1,360 @@
-"""Raw files to documents: one generator a format.
+"""Records to documents: the forms in which Chinese text and dialogues are published.
 
-A reader takes a list of files and yields, for each document it meets, a str (text), a list of
-messages (chat), or a Dropped that says why there is none. Nothing is passed over in silence.
+A reader takes a list of files and yields, for each document it meets, a str, a WikiPage, a list of
+messages {"role", "content"} (a dialogue), or a Dropped that says why there is none. Nothing is
+passed over in silence.
 """
-import bz2
-import gzip
-import json
-import lzma
+import html
+import os
 import re
-import unicodedata
-import zlib
+import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Callable
 
-from config import UserError
+from data.files import (
+    HEAD, LONGEST, OF_DATASETS, RECORDS, Dropped, decoded, lines, read_each, records, suffix,
+    text_parts)
+from data.wikitext import DISAMBIGUATION, REDIRECT, plain, tidy
 
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-ROLES = ("system", "user", "assistant")
+TEXT_KEYS = ("text", "content", "completion", "body", "article")
+TURN_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog")
+ROLES = {"system": "system", "user": "user", "human": "user", "client": "user", "assistant":
+         "assistant", "gpt": "assistant", "counselor": "assistant", "bot": "assistant"}
+QUESTION_KEYS = ("question", "prompt", "query", "ask", "input", "问题", "title")
+ANSWER_KEYS = ("answer", "output", "response", "target", "答案", "回答")
+NO_ANSWER = ("", "no_answer")
 
+
+# ---- text ----
 
 @dataclass
-class Dropped:
-    """A document that could not be read: a short reason to count by, and where it stood."""
-    reason: str
-    where: str
+class WikiPage:
+    """An article as it was found; .text() is made where there are processors to spare."""
+    title: str
+    raw: str
+    in_wikitext: bool  # else an extractor went over it
+
+    def text(self):
+        text = (plain if self.in_wikitext else tidy)(self.raw).strip()
+        return titled(self.title.strip(), text) if text else ""
 
 
-def suffix(path):
-    """The ending that says what a file holds: .jsonl of x.jsonl.gz."""
-    return (path.with_suffix("") if path.suffix in OPENERS else path).suffix.lower()
+def titled(title, text):
+    """The text, led by its title if it is not already."""
+    return text if not title or text.startswith(title) else f"{title}\n\n{text}"
 
 
-def find_files(paths, wanted):
-    """Files under paths for which wanted(path) holds, each once, sorted: the same in any order."""
-    found = set()
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        below = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        found |= {p for p in below if path.is_file() or wanted(p)}
-    if not found:
-        raise UserError(f"{', '.join(map(str, paths))}: no file of this kind in there")
-    return sorted(found, key=lambda p: p.as_posix())
+def text_of(record, where, field=""):
+    """The text in a record, behind its title if it has one; field names another key."""
+    if isinstance(record, (str, Dropped)):
+        return record
+    if isinstance(record, dict):
+        for key in (field,) if field else TEXT_KEYS:
+            if isinstance(record.get(key), str):
+                title = record.get("title")
+                title = title.strip() if isinstance(title, str) and not field else ""
+                return titled(title, record[key].lstrip()) if title else record[key]
+    wanted = field or f"{TEXT_KEYS[0]}' or '{TEXT_KEYS[1]}"
+    return Dropped(f"no {field or 'text'}", f"{where}: no string under the key '{wanted}'")
 
 
-def lines_of(path):
-    """(place, line) of a text file, line a str or a Dropped where it is not UTF-8."""
-    number = 0
+def read_text(name, stream, field=""):
+    """.txt: a document a file; .jsonl .json .csv .parquet .arrow: a document a record."""
+    if suffix(name) == ".txt":
+        yield from text_parts(stream)
+    else:
+        for where, record in records(name, stream):
+            yield text_of(record, where, field)
+
+
+def read_wiki(name, stream, field=""):
+    """A MediaWiki dump, or what extractors make of one: <doc> blocks, or records with a text."""
+    head = stream.peek(HEAD)[:2000].replace(b"\0", b"")  # UTF-16 too
+    if b"<mediawiki" in head:
+        yield from dump_pages(name, stream)
+    elif b"<doc " in head.lstrip(b"\xef\xbb\xbf\xff\xfe \r\n")[:5]:
+        yield from doc_blocks(name, decoded(stream))
+    else:
+        for doc in read_text(name, stream, field):
+            yield doc if isinstance(doc, Dropped) else WikiPage("", doc, in_wikitext=False)
+
+
+def dump_pages(name, stream):
+    """Articles of a pages-articles.xml dump, one in memory at a time."""
+    page, root = {}, None
     try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as f:
-            for number, raw in enumerate(f, 1):
-                where = f"{path}:{number}"
-                try:
-                    yield where, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as e:
-                    yield where, Dropped("not UTF-8", f"{where}: not UTF-8 (byte {e.start})")
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, OSError) as e:
-        where = f"{path}:{number + 1}"
-        yield where, Dropped("unreadable file", f"{where}: can't be read on ({e})")
+        for event, element in ET.iterparse(stream, events=("start", "end")):
+            tag = element.tag.rpartition("}")[2]
+            if event == "start":
+                root = element if root is None else root
+            elif tag in ("title", "ns", "text", "redirect"):
+                page[tag] = element.text or ""
+            elif tag == "page":
+                yield article(page.get("title", ""), page, name)
+                page = {}
+                root.clear()
+    except (ET.ParseError, UnicodeError, ValueError) as e:
+        yield Dropped("unreadable file", f"{name}: can't be read on ({e})")
 
 
-def json_lines(path):
-    """(place, value) of a file of JSON lines; value is a Dropped where a line is not JSON."""
-    for where, line in lines_of(path):
-        if isinstance(line, str) and not line.strip():
-            continue
-        if isinstance(line, str):
-            try:
-                line = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                what = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
-                line = Dropped("not JSON", f"{where}: not JSON ({what})")
-        yield where, line
+def article(title, page, name):
+    """One page's dict of elements -> WikiPage, or Dropped where it is no article."""
+    where, text = f"{name}: page {title}", page.get("text", "")
+    if page.get("ns", "0").strip() != "0":
+        return Dropped("other namespace", "")
+    if "redirect" in page or REDIRECT.match(text):
+        return Dropped("redirect", "")
+    if DISAMBIGUATION.search(text):
+        return Dropped("disambiguation", "")
+    if len(text) > LONGEST:
+        return Dropped("too long", f"{where}: over {LONGEST:,} characters")
+    return WikiPage(title, text, in_wikitext=True)
 
 
-def text_field(path, field="text"):
-    for where, record in json_lines(path):
-        if isinstance(record, Dropped):
-            yield record
-        elif isinstance(record, dict) and isinstance(record.get(field), str):
-            yield record[field]
+def doc_blocks(name, text):
+    """WikiExtractor's <doc id= url= title=> ... </doc>."""
+    title, body, size, began = None, [], 0, ""
+    for number, line in enumerate(lines(text), 1):
+        if title is None:
+            head = re.match(r"<doc\b[^>]*?title=\"([^\"]*)\"[^>]*>", line)
+            if head:
+                title, body, size, began = html.unescape(head[1]), [], 0, f"{name}:{number}"
+            elif line.strip():
+                yield Dropped("outside <doc>", f"{name}:{number}: outside of a <doc>")
+        elif line.strip() == "</doc>":
+            yield (WikiPage(title, "".join(body), in_wikitext=False) if size <= LONGEST else
+                   Dropped("too long", f"{began}: over {LONGEST:,} characters"))
+            title = None
         else:
-            yield Dropped(f"no {field}", f"{where}: no string under the key '{field}'")
+            size += len(line)
+            body += [line] if size <= LONGEST else []
+    if title is not None:
+        yield Dropped("unreadable file", f"{began}: this <doc> does not end")
 
 
-def read_wiki(files):
-    """wiki_zh_2019: JSON lines of id, url, title, text; the text leads with its title."""
-    for path in files:
-        yield from text_field(path)
+def read_thucnews(name, stream, field=""):
+    """A document a file, or a line: category<TAB>text, or title<TAB>number of a class."""
+    if b"\t" not in stream.peek(HEAD)[:HEAD].partition(b"\n")[0]:
+        yield from text_parts(stream)
+        return
+    for number, line in enumerate(lines(decoded(stream)), 1):
+        left, tab, right = line.strip().partition("\t")
+        if tab:
+            yield left if right.strip().isdigit() else right
+        elif left:
+            yield Dropped("no tab", f"{name}:{number}: no tab between category and text")
 
 
-def read_text(files):
-    """.txt: a document a file; .jsonl: a document a line."""
-    for path in files:
-        if suffix(path) == ".jsonl":
-            yield from text_field(path)
-            continue
-        lines = [line for _, line in lines_of(path)]
-        bad = next((line for line in lines if isinstance(line, Dropped)), None)
-        yield bad or "".join(lines)
+# ---- dialogues ----
+
+def read_chat(name, stream, evidence=False):
+    """Dialogues of every form that dialogues() knows; a file that is one list of turns is one."""
+    turns, began = [], ""
+    for where, record in records(name, stream):
+        if isinstance(record, dict) and turn(record):
+            turns, began = turns + [record], began or where
+        elif isinstance(record, Dropped):
+            yield record
+        else:
+            yield from dialogues(record, where, evidence)
+    if turns:
+        yield check_messages(list(map(turn, turns)), began)
 
 
-def read_chat(files):
-    """JSON lines of {"messages": [{"role", "content"}, ...]}."""
-    for path in files:
-        for where, record in json_lines(path):
-            if isinstance(record, Dropped):
-                yield record
-                continue
-            messages = record.get("messages") if isinstance(record, dict) else None
-            yield check_messages(messages, where)
+def dialogues(record, where, evidence):
+    """The dialogues in one record, told by its keys; a Dropped for each that can't be trained on.
+
+    evidence: questions about a text get that text in front.
+    """
+    if isinstance(record, list):
+        record = dict(messages=record)
+    if not isinstance(record, dict):
+        yield Dropped("no messages", f"{where}: neither an object nor a list of messages")
+    elif key := next((k for k in TURN_KEYS if k in record), None):
+        yield from_turns(record[key], record.get("system"), where)
+    elif "paragraphs" in record or "data" in record or "qas" in record:
+        yield from from_squad(record, where, evidence)
+    elif "evidences" in record or "passages" in record:
+        yield from from_webqa(record, where, evidence)
+    elif "documents" in record or "answers" in record:
+        yield from_dureader(record, where, evidence)
+    elif "instruction" in record:
+        yield from from_instruction(record, where)
+    elif any(k in record for k in QUESTION_KEYS + ANSWER_KEYS):
+        question = first_text(record, QUESTION_KEYS)
+        yield pair(question, first_text(record, ANSWER_KEYS), where)
+    elif record and all(isinstance(value, dict) for value in record.values()):
+        for key, value in record.items():  # WebQA's id -> question
+            yield from dialogues(value, f"{where}: {key}", evidence)
+    else:
+        yield Dropped("no messages", f"{where}: none of the known keys (messages, conversations, "
+                      "instruction, question ...)")
+
+
+def turn(item):
+    """{"role", "content"} of {"role" or "from", "content" or "value"}; None if it is no turn."""
+    if not isinstance(item, dict):
+        return None
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    return dict(role=role, content=content) if isinstance(role, str) and isinstance(
+        content, str) else None
+
+
+def from_turns(items, system, where):
+    """A list of turns, or of firefly's {"human", "assistant"}."""
+    if isinstance(items, list) and items and all(
+            isinstance(i, dict) and {"human", "assistant"} <= i.keys() for i in items):
+        items = [dict(role=role, content=i[role]) for i in items for role in ("human", "assistant")]
+    if not isinstance(items, list) or not items:
+        return Dropped("no messages", f"{where}: no list of messages")
+    messages = list(map(turn, items))
+    if isinstance(system, str) and system.strip() and messages[0] and messages[0]["role"] != "system":
+        messages.insert(0, dict(role="system", content=system))
+    return check_messages(messages, where)
+
+
+def from_instruction(record, where):
+    """Alpaca's instruction, input, output; Belle's dialogue inside of instruction; seed tasks."""
+    instruction = record["instruction"] if isinstance(record["instruction"], str) else ""
+    if isinstance(record.get("instances"), list):
+        for one in record["instances"]:
+            one = one if isinstance(one, dict) else {}
+            yield pair(f"{instruction}\n{one.get('input') or ''}", one.get("output"), where)
+        return
+    parts = re.split(r"(?:^|\n)(Human|Assistant)[:：]", instruction.strip())
+    if len(parts) > 2 and not parts[0].strip() and parts[-2] == "Assistant" and not parts[-1].strip():
+        messages = [dict(role="user" if who == "Human" else "assistant", content=content)
+                    for who, content in zip(parts[1:-2:2], parts[2:-2:2])]
+        yield check_messages(
+            [*messages, turn(dict(role="assistant", content=record.get("output")))], where)
+        return
+    history = record.get("history") if isinstance(record.get("history"), list) else []
+    before = [m for two in history if isinstance(two, list) and len(two) == 2
+              for m in (dict(role="user", content=two[0]), dict(role="assistant", content=two[1]))]
+    now = pair(f"{instruction}\n{record.get('input') or ''}", record.get("output"), where)
+    yield now if isinstance(now, Dropped) or not before else check_messages(
+        [*map(turn, before), *now], where)
+
+
+def from_squad(record, where, evidence):
+    """data -> paragraphs -> context, qas -> question, answers (SQuAD, CMRC 2018, DuReader)."""
+    if not isinstance(record.get("qas"), list):
+        below = record.get("paragraphs", record.get("data"))
+        if not isinstance(below, list):
+            yield Dropped("no messages", f"{where}: no list of paragraphs or questions")
+            return
+        for part in below:
+            if isinstance(part, dict) and {"paragraphs", "data", "qas"} & part.keys():
+                yield from from_squad(part, where, evidence)
+            else:
+                yield Dropped("no messages", f"{where}: a paragraph without questions")
+        return
+    for qa in record["qas"]:
+        qa = qa if isinstance(qa, dict) else {}
+        answers = qa.get("answers") if isinstance(qa.get("answers"), list) else []
+        texts = [a.get("text") if isinstance(a, dict) else a for a in answers]
+        yield answered(qa.get("question"), texts, record.get("context") if evidence else "",
+                       f"{where}: {qa.get('id', '')}")
+
+
+def from_webqa(record, where, evidence):
+    """WebQA: a question and texts that answer it, or do not. Without evidence one dialogue a
+    question, with it one for each text."""
+    texts = record.get("evidences", record.get("passages"))
+    texts = list(texts.values()) if isinstance(texts, dict) else texts
+    texts = [t for t in texts if isinstance(t, dict)] if isinstance(texts, list) else []
+    found = [(t.get("answer") if isinstance(t.get("answer"), list) else [t.get("answer")],
+              t.get("evidence", t.get("passage"))) for t in texts]
+    if not evidence or not found:
+        found = [([a for answers, _ in found for a in answers], "")]
+    for answers, text in found:
+        yield answered(record.get("question"), answers, text, where)
+
+
+def from_dureader(record, where, evidence):
+    """DuReader: a question, answers written by people, and documents from the web."""
+    answers, context = record.get("answers"), ""
+    if evidence:
+        for doc in record.get("documents") if isinstance(record.get("documents"), list) else []:
+            paragraphs = doc.get("paragraphs") if isinstance(doc, dict) else None
+            if isinstance(paragraphs, list) and doc.get("is_selected"):
+                best = doc.get("most_related_para", 0)
+                context = "".join(paragraphs[best:best + 1]) if isinstance(best, int) else ""
+                break
+    answers = answers if isinstance(answers, list) else []
+    return answered(record.get("question"), answers, context, where)
+
+
+def answered(question, answers, context, where):
+    """A question with the first of its answers that is one, the context in front."""
+    answer = next((a for a in answers if isinstance(a, str) and a.strip() not in NO_ANSWER), None)
+    if answer is None:
+        return Dropped("unanswerable", "")
+    in_front = f"{context.strip()}\n\n" if isinstance(context, str) and context.strip() else ""
+    return pair(in_front + question if isinstance(question, str) else None, answer, where)
+
+
+def first_text(record, keys):
+    return next((record[k] for k in keys if isinstance(record.get(k), str) and record[k].strip()), "")
+
+
+def pair(question, answer, where):
+    """The dialogue of one question and its answer."""
+    return check_messages([turn(dict(role="user", content=question)),
+                           turn(dict(role="assistant", content=answer))], where)
 
 
 def check_messages(messages, where):
-    """The messages, if they can be trained on; a Dropped otherwise."""
-    if not isinstance(messages, list) or not messages:
-        return Dropped("no messages", f"{where}: no list under the key 'messages'")
+    """The messages under the roles of ChatML; a Dropped where they can't be trained on."""
+    if not all(messages):
+        return Dropped("no messages", f"{where}: a message without a role or a string as content")
     for m in messages:
-        if not (isinstance(m, dict) and isinstance(m.get("content"), str)):
-            return Dropped("no messages", f"{where}: a message without a string as content")
-        if m.get("role") not in ROLES:
-            return Dropped("unknown role", f"{where}: role {m.get('role')!r} is none of {ROLES}")
+        if m["role"] not in ROLES:
+            return Dropped("unknown role", f"{where}: role {m['role']!r} is none of {list(ROLES)}")
+        m["role"] = ROLES[m["role"]]
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         return Dropped("no answer", f"{where}: no assistant message with content")
+    if sum(len(m["content"]) for m in messages) > LONGEST:
+        return Dropped("too long", f"{where}: over {LONGEST:,} characters")
     return messages
 
 
-def is_wiki(path):
-    return path.name.startswith("wiki_")
+# ---- the sources ----
+
+@dataclass
+class Source:
+    kind: str           # text or chat
+    read: Callable      # (name, stream) -> documents
+    endings: tuple      # of the files it takes from a folder
+    what: str           # to put into data/raw/<source>/
+    hub: tuple = ()     # (dataset, file) that is fetched where there is nothing
+
+    def wanted(self, name):
+        wiki = "wiki" in self.endings and os.path.basename(name).startswith("wiki_")
+        return wiki or suffix(name) in self.endings and os.path.basename(name) not in OF_DATASETS
+
+    def documents(self, files, **options):
+        return read_each(files, self.wanted, partial(self.read, **options))
 
 
-def is_text(path):
-    return suffix(path) in (".txt", ".jsonl")
-
-
-def is_chat(path):
-    return suffix(path) == ".jsonl"
-
-
-# source: (kind, reader, which files of a folder it takes, what to put there)
 SOURCES = {
-    "wiki": ("text", read_wiki, is_wiki, "the folders AA/, AB/, ... of wiki_zh_2019"),
-    "text": ("text", read_text, is_text, ".txt files, or .jsonl with a key 'text'; also .gz, .xz"),
-    "chat": ("chat", read_chat, is_chat, '.jsonl lines: {"messages": [{"role", "content"}]}'),
+    "wiki": Source("text", read_wiki, (*RECORDS, ".xml", "wiki"),
+                   "wiki_zh_2019 (AA/, AB/, ...), a dump (zhwiki-*-pages-articles.xml.bz2) or what "
+                   "WikiExtractor made of one",
+                   ("pleisto/wikipedia-cn-20230720-filtered", "wikipedia-cn-20230720-filtered.json")),
+    "thucnews": Source("text", read_thucnews, (".txt", ".tsv"),
+                       "THUCNews' category folders, or files of category<TAB>text lines"),
+    "text": Source("text", read_text, (".txt", *RECORDS),
+                   ".txt files, or .jsonl .json .csv .parquet .arrow with a text in each record"),
+    "chat": Source("chat", read_chat, RECORDS, "dialogues or questions and answers in .jsonl .json "
+                   ".csv .parquet .arrow; the form is told by the content"),
+    "belle": Source("chat", read_chat, RECORDS, "Belle's multiturn_chat_0.8M.json, "
+                    "train_0.5M_CN.json or train_3.5M_CN.json",
+                    ("BelleGroup/multiturn_chat_0.8M", "multiturn_chat_0.8M.json")),
+    "webqa": Source("chat", read_chat, RECORDS, "WebQA's me_train.json and me_validation.ann.json"),
+    "dureader": Source("chat", read_chat, RECORDS, "DuReader's search.train.json, zhidao.train.json, "
+                       "or train.csv with question and answer columns"),
+    "alpaca": Source("chat", read_chat, RECORDS, "instruction, input, output in .json or .jsonl"),
+    "sharegpt": Source("chat", read_chat, RECORDS, "conversations of human and gpt, or firefly's"),
 }
-
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff\ud800-\udfff]")
-
-
-def clean(text):
-    """NFC, plain newlines, no control characters, no blanks at line ends, one empty line a gap."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = CONTROL.sub("", text)
-    text = re.sub(r"[ \t\u3000]+\n", "\n", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def clean_document(doc):
-    """A text or a list of messages, cleaned -> (the same kind, the string it is known by)."""
-    if isinstance(doc, str):
-        text = clean(doc)
-        return text, text
-    messages = [dict(role=m["role"], content=clean(m["content"])) for m in doc]
-    return messages, "".join(f"{m['role']}\n{m['content']}\n" for m in messages)

@@ -1,0 +1,118 @@
+"""Cleaning: what of a document is kept, and why the rest is not.
+
+    doc, reason, trimmed = clean_document(doc, Rules(min_chars=10))   # reason "" where it is kept
+"""
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from config import UserError
+from data.files import MARK
+from data.sources import WikiPage
+
+# control characters, marks of byte and writing order, soft hyphens, halves of characters
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e"
+                     "\u2060-\u2064\ufeff\ufffe\uffff\ud800-\udfff]")
+NEWLINES = ("\r\n", "\r", "\x85", "\u2028", "\u2029")
+# lines of web pages that are no part of their text, looked at only where a hint stands in it
+HINTS = ("编辑", "责编", "来源", "原标题", "相关", "分享到", "一篇", "一页", "版权所有", "转载", "ICP备",
+         "返回", "打印本页", "关闭窗口", "加入收藏", "ights reserved", "opyright", "©", "点击")
+BOILERPLATE = re.compile(
+    r"[（(【\[]?(?:(?:责任|实习|本文|网络)?编辑|责编|(?:本文|文章|信息|稿件|新闻|图片)来源|原标题"
+    r"|相关(?:阅读|新闻|链接|报道|专题)|分享到|上一[篇页]|下一[篇页])\s*[:：].*"
+    r"|.{0,12}(?:©|copyright).*|.*(?:版权所有|ICP备\d|all rights reserved).*"
+    r"|.*(?:未经.{2,12}(?:不得|禁止|严禁|谢绝)转载|转载(?:请|须|时请)?(?:务必)?注明).*"
+    r"|[【\[(（]?(?:返回(?:首页|顶部|列表|目录)|打印本页|关闭窗口|加入收藏|回到顶部|点击(?:查看|进入).{2,12}"
+    r")[】\])）>]{0,3}", re.I)
+LONGEST_BOILERPLATE = 80  # characters; longer lines are text that happens to hold such words
+
+
+@dataclass
+class Rules:
+    """What a document must be to be kept; all but simplify hold for texts, not for dialogues."""
+    min_chars: int = 0        # characters
+    min_chinese: float = 0.0  # share of Han among the characters that are not blank
+    simplify: bool = False    # traditional to simplified characters
+
+
+def clean(text):
+    """NFC, plain newlines, no control characters, no blanks at line ends, no full-width indents,
+    one empty line a gap."""
+    for newline in NEWLINES:
+        text = text.replace(newline, "\n")
+    text = CONTROL.sub("", text).replace("\xa0", " ")
+    lines = unicodedata.normalize("NFC", text).split("\n")
+    lines = [line.rstrip(" \t\u3000") for line in lines]
+    lines = [line.lstrip(" \u3000") if line[:1] == "\u3000" else line for line in lines]
+    text = "\n".join(lines).strip()
+    while "\n\n\n" in text:  # ten times faster than re.sub
+        text = text.replace("\n\n\n", "\n\n")
+    return text
+
+
+def clean_document(doc, rules):
+    """A document as a reader yields it -> (str or messages, reason why it is dropped or "",
+    Counter of what was trimmed off it)."""
+    if isinstance(doc, list):
+        return clean_dialogue(doc, rules)
+    trimmed = Counter()
+    text = doc.text() if isinstance(doc, WikiPage) else doc
+    if MARK in text:
+        lines = text.splitlines()
+        kept = [line for line in lines if MARK not in line]
+        trimmed["undecodable lines"] = len(lines) - len(kept)
+        if 10 * len(kept) < 9 * len(lines):
+            return "", "bad encoding", trimmed
+        text = "\n".join(kept)
+    text = clean(to_simplified(text) if rules.simplify else text)
+    hints = [hint for hint in HINTS if hint in text]
+    if hints:
+        lines = text.split("\n")
+        kept = [line for line in lines if len(line) > LONGEST_BOILERPLATE
+                or not any(hint in line for hint in hints)
+                or not BOILERPLATE.fullmatch(line.strip())]
+        trimmed["boilerplate lines"] = len(lines) - len(kept)
+        text = clean("\n".join(kept)) if len(kept) < len(lines) else text
+    reason = ("empty" if not text else "too short" if len(text) < rules.min_chars else
+              "little Chinese" if chinese_share(text) < rules.min_chinese else "")
+    return text, reason, trimmed
+
+
+def clean_dialogue(doc, rules):
+    """Messages up to the last answer before the first empty message."""
+    if any(MARK in m["content"] for m in doc):
+        return [], "bad encoding", Counter()
+    messages = [dict(role=m["role"], content=clean(
+        to_simplified(m["content"]) if rules.simplify else m["content"])) for m in doc]
+    messages = [m for m in messages if m["content"] or m["role"] != "system"]
+    n = next((i for i, m in enumerate(messages) if not m["content"]), len(messages))
+    while n and messages[n - 1]["role"] != "assistant":
+        n -= 1
+    return messages[:n], "" if n else "no answer", Counter({"messages": len(messages) - n})
+
+
+def chinese_share(text):
+    """Share of Han characters among those that are not blank."""
+    codes = np.frombuffer(text.encode("utf-16-le"), dtype="<u2")
+    han = np.count_nonzero(codes - np.uint16(0x3400) <= 0x9FFF - 0x3400)  # below it wraps around
+    rare = np.count_nonzero(codes - np.uint16(0xD840) <= 0xD8FF - 0xD840)  # one of a pair each
+    return (han + rare) / max(1, np.count_nonzero(codes > 32) - rare)
+
+
+def identity(doc):
+    """The string a cleaned document is known by."""
+    return doc if isinstance(doc, str) else "".join(f"{m['role']}\n{m['content']}\n" for m in doc)
+
+
+def to_simplified(text, converter=[]):
+    """Traditional to simplified characters, word by word where it takes more than one."""
+    if not converter:
+        try:
+            from opencc import OpenCC
+        except ImportError as e:
+            raise UserError("simplify needs opencc: pip install opencc") from e
+        converter.append(OpenCC("t2s"))
+    return converter[0].convert(text)
