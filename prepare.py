@@ -33,14 +33,9 @@ plot = False         # also draw data/NAME/inspect.png (pip install matplotlib)
 
 import hashlib
 import itertools
-import multiprocessing
 import os
-import signal
 import sys
 import time
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,14 +46,17 @@ from config import UserError, configure, newest_model, run_main
 from data.bins import SPLITS, BinWriter, id_dtype
 from data.clean import Rules, clean_document, identity, to_simplified
 from data.files import Dropped, find_files
+from data.hub import fetch
 from data.near import NearDuplicates, signature
+from data.pool import map_batches
+from data.receipts import Receipts, listed
 from data.sources import SOURCES, WikiPage
 from data.tokenizer import load_tokenizer, train_bytebpe
 
 DEMO = Path(__file__).parent / "data" / "demo" / "raw"
 BATCH = 500_000      # characters that travel to a worker at once
 MIN_DOCUMENTS = 20   # with fewer, whole documents are too coarse a split
-SHOWN = 5            # dropped documents whose place is printed, by reason
+RECORDED = ("val_fraction", "sample", "max_docs", "field", "evidence", "near_duplicates")
 TRAINING_TEXT = 2**24  # characters a tokenizer is trained on at most: a sample beyond that
 
 
@@ -94,11 +92,10 @@ def files_of(source, paths):
 
 def fetch_from_hub(source, folder):
     """Download the source's file into folder; a download that breaks off is taken up again."""
-    from huggingface_hub import hf_hub_download
     dataset, file = SOURCES[source].hub
     print(f"fetching {dataset} from the hub into {folder} (goes on where it broke off)", flush=True)
     try:
-        hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
+        fetch(dataset, file, folder)
     except Exception as e:  # the hub client raises errors of four libraries
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(
@@ -126,11 +123,15 @@ def size_of(doc):
 
 
 def batches(documents, count_dropped):
-    """Lists of (source, document) of about BATCH characters; what is Dropped is counted instead."""
+    """Lists of (source, document) of one source, of about BATCH characters; what is Dropped is
+    counted instead."""
     batch, size = [], 0
     for source, doc in documents:
+        if batch and source != batch[-1][0]:
+            yield batch
+            batch, size = [], 0
         if isinstance(doc, Dropped):
-            count_dropped(source, doc)
+            count_dropped(source, doc.reason, doc.where)
             continue
         batch.append((source, doc))
         size += size_of(doc) + 100
@@ -187,170 +188,74 @@ def text_batch(batch, job):
             if not reason and key >= job.threshold]
 
 
-def start_worker(function, job):
-    global work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    work = function, job
-
-
-def do_work(batch):
-    function, job = work
-    return function(batch, job)
-
-
-def map_batches(function, batch_iter, job, n_workers):
-    """function(batch, job) of all batches, in their order, with a bounded number under way."""
-    if n_workers == 1:
-        yield from (function(batch, job) for batch in batch_iter)
-        return
-    context = multiprocessing.get_context("spawn")  # fork would copy threads' locks
-    with ProcessPoolExecutor(n_workers, context, start_worker, (function, job)) as pool:
-        pending = deque()
-        try:
-            for batch in batch_iter:
-                pending.append(pool.submit(do_work, batch))
-                if len(pending) > 3 * n_workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as e:
-            raise UserError("a worker was killed, perhaps for memory. Try --workers=1") from e
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-# ---- the books ----
-
-class Receipts:
-    """Counts by source: read = written + dropped, always."""
-    columns = ("files", "read", "written", "dropped", "characters", "bytes", "tokens")
-
-    def __init__(self, jobs):
-        self.sources = {source: dict(
-            files=len(files), read=0, written=0, dropped=Counter(), trimmed=Counter(),
-            characters=0, bytes=0, tokens=0) for source, files in jobs}
-        self.seconds, self.mark = Counter(), time.time()
-
-    def drop(self, source, dropped):
-        counts = self.sources[source]
-        counts["read"] += 1
-        counts["dropped"][dropped.reason] += 1
-        if dropped.where and counts["dropped"][dropped.reason] <= SHOWN:
-            where = "".join(c if c.isprintable() else "?" for c in dropped.where)
-            tqdm.write(f"prepare.py: {where}; skipped", file=sys.stderr)
-
-    def write(self, source, tokens, chars, n_bytes, trimmed):
-        counts = self.sources[source]
-        counts["read"] += 1
-        counts["written"] += 1
-        counts["tokens"] += tokens
-        counts["characters"] += chars
-        counts["bytes"] += n_bytes
-        counts["trimmed"] += trimmed
-
-    def lap(self, source):
-        """Time since the last call went into this source."""
-        now = time.time()
-        self.seconds[source] += now - self.mark
-        self.mark = now
-
-    def speeds(self):
-        return {s: round(c["tokens"] / max(self.seconds[s], 1e-9)) for s, c in self.sources.items()}
-
-    def print(self, splits):
-        heads = ("source", *self.columns, "chars/token", "tokens/s")
-        table = [[source, *(c[k].total() if k == "dropped" else c[k] for k in self.columns),
-                  f"{c['characters'] / max(1, c['tokens']):.2f}", self.speeds()[source]]
-                 for source, c in self.sources.items()]
-        print_table([heads, *table])
-        for source, c in self.sources.items():
-            for what in ("dropped", "trimmed"):
-                if c[what]:
-                    shown = ", ".join(f"{n:,} {k}" for k, n in sorted(c[what].items()) if n)
-                    print(f"  {source}: {what} {shown}")
-        for split, s in splits.items():
-            print(f"  {split}: {s['documents']:,} documents, {s['characters']:,} characters, "
-                  f"{s['tokens']:,} tokens")
-
-
-def print_table(rows):
-    """Rows of strings and numbers, in columns; the first is left-aligned."""
-    rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *rest in rows:
-        cells = (cell.rjust(w) for cell, w in zip(rest, widths[1:]))
-        print("  " + "  ".join([first.ljust(widths[0]), *cells]))
-
-
 # ---- a prepared set ----
 
+class Keeper:
+    """Takes what the workers made, in the order of reading: drops duplicates, splits, writes."""
+
+    def __init__(self, kind, cfg, receipts, out):
+        self.kind, self.receipts, self.out = kind, receipts, out
+        self.threshold, self.seen = int(cfg.val_fraction * 2**64), set()
+        self.near = NearDuplicates(cfg.near_duplicates) if cfg.near_duplicates else None
+        self.splits = {split: dict(characters=0, bytes=0) for split in SPLITS}
+
+    def take(self, rows, ids):
+        """The result of one encode_batch."""
+        chosen = []  # the split of each document in ids; "" = none
+        for source, reason, trimmed, key, tokens, chars, n_bytes, sign in rows:
+            split = "val" if key < self.threshold else "train"
+            dropped = reason or self.refuse(source, split, key, sign)
+            if dropped:
+                self.receipts.drop(source, dropped)
+            else:
+                self.seen.add(key)
+                self.receipts.write(source, tokens, chars, n_bytes, trimmed)
+                self.splits[split]["characters"] += chars
+                self.splits[split]["bytes"] += n_bytes
+            if not reason:
+                chosen.append("" if dropped else split)
+        lengths = np.array([row[4] for row in rows if not row[1]], dtype=np.int64)
+        for split in SPLITS:
+            wanted = np.array(chosen) == split
+            if wanted.any():
+                self.out.add(split, ids[np.repeat(wanted, lengths)], lengths[wanted])
+
+    def refuse(self, source, split, key, sign):
+        """Why a document that is good in itself is not written; "" if it is."""
+        if key in self.seen:
+            return "duplicate"
+        if split == "val" and self.kind != SOURCES[source].kind:
+            return "held out for the chat set"  # its val split must not be trained on here
+        return "near duplicate" if self.near and self.near.has(key, sign) else ""
+
+
 def prepare(jobs, kind, name, tok, cfg):
-    """Write data/<name> from jobs [(source, files)] with the Tokenizer tok; returns its meta."""
+    """Write data/<name> from jobs [(source, files)] with the Tokenizer tok."""
     folder, receipts = Path("data") / name, Receipts(jobs)
     n_workers, began = choose_workers(cfg.workers, jobs), time.time()
     job = make_job(cfg, kind=kind, tokenizer=tok, dtype=id_dtype(tok.n_ids))
-    splits = {s: dict(characters=0, bytes=0) for s in SPLITS}
-    keep = Keeper(kind, cfg)
     with BinWriter(folder, tok.n_ids) as out, tqdm(
             unit=" documents", delay=2, disable=None, leave=False) as progress:
+        keeper = Keeper(kind, cfg, receipts, out)
         batch_iter = batches(read(jobs, cfg), receipts.drop)
         for rows, ids in map_batches(encode_batch, batch_iter, job, n_workers):
-            chosen = []  # the split of each document in ids; "" = none
-            for source, reason, trimmed, key, tokens, chars, n_bytes, sign in rows:
-                split, dropped = keep.choose(source, reason, key, sign)
-                if dropped:
-                    receipts.drop(source, Dropped(dropped, ""))
-                else:
-                    receipts.write(source, tokens, chars, n_bytes, trimmed)
-                    splits[split]["characters"] += chars
-                    splits[split]["bytes"] += n_bytes
-                if not reason:
-                    chosen.append("" if dropped else split)
-            lengths = np.array([row[4] for row in rows if not row[1]], dtype=np.int64)
-            for split in SPLITS:
-                wanted = np.array(chosen) == split
-                if wanted.any():
-                    out.add(split, ids[np.repeat(wanted, lengths)], lengths[wanted])
+            keeper.take(rows, ids)
             receipts.lap(rows[-1][0])
             progress.update(len(rows))
-        if not keep.seen:
-            dropped = sum((c["dropped"] for c in receipts.sources.values()), Counter())
-            why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items())
-            raise UserError(f"no document is left for {folder}: {why or 'the files are empty'}")
-        if len(keep.seen) < MIN_DOCUMENTS or not all(map(out.n_docs, SPLITS)):
-            split_finer(out, kind, cfg.val_fraction, tok, splits)
+        if not keeper.seen:
+            raise UserError(f"no document is left for {folder}: "
+                            f"{listed(receipts.dropped()) or 'the files are empty'}")
+        if len(keeper.seen) < MIN_DOCUMENTS or not all(map(out.n_docs, SPLITS)):
+            split_finer(out, kind, cfg.val_fraction, tok, keeper.splits)
         seconds = time.time() - began
         run = dict(command=" ".join(sys.argv), time=time.strftime("%Y-%m-%d %H:%M:%S"),
                    seconds=round(seconds, 2), workers=n_workers, tokens_per_second=receipts.speeds())
-        settings = {k: getattr(cfg, k) for k in (
-            "val_fraction", "sample", "max_docs", "evidence", "near_duplicates")}
-        out.finish(tok, dict(kind=kind, settings=settings | vars(job.rules), splits=splits,
+        settings = {k: getattr(cfg, k) for k in RECORDED} | vars(job.rules)
+        out.finish(tok, dict(kind=kind, settings=settings, splits=keeper.splits,
                              sources=receipts.sources, run=run))
-    speed = sum(s["bytes"] for s in splits.values()) / 1e6 / seconds
+    speed = sum(s["bytes"] for s in keeper.splits.values()) / 1e6 / seconds
     print(f"{folder}: {seconds:.1f} s, {speed:.1f} MB/s, {tok.n_ids:,} ids ({out.dtype.name})")
-    receipts.print(splits)
-
-
-class Keeper:
-    """Decides, in the parent and in the order of reading, which documents a set keeps."""
-
-    def __init__(self, kind, cfg):
-        self.kind, self.threshold, self.seen = kind, int(cfg.val_fraction * 2**64), set()
-        self.near = NearDuplicates(cfg.near_duplicates) if cfg.near_duplicates else None
-
-    def choose(self, source, reason, key, sign):
-        """-> (split, reason to drop it or "")."""
-        split = "val" if key < self.threshold else "train"
-        if reason:
-            return split, reason
-        if key in self.seen:
-            return split, "duplicate"
-        if split == "val" and self.kind != SOURCES[source].kind:
-            return split, "held out for the chat set"  # its val split must not be trained on here
-        if self.near and self.near.has(key, sign):
-            return split, "near duplicate"
-        self.seen.add(key)
-        return split, ""
+    receipts.print(keeper.splits)
 
 
 def make_job(cfg, **more):
@@ -387,7 +292,7 @@ def split_finer(out, kind, fraction, tok, splits):
                  for doc, cut in zip(docs, cuts)]
         print(f"  few documents: the last {fraction:.1%} of each of the {len(docs)} is the "
               "validation split")
-    raw = b"".join(visible_bytes(part, kind, tok) for _, part in parts)
+    raw = b"".join(tok.visible(part) for _, part in parts)
     held = dict(characters=len(raw.decode("utf-8", errors="ignore")), bytes=len(raw))
     if not 0 < held["characters"] < totals["characters"]:
         raise UserError("there is too little text to hold any out for validation; give more")
@@ -399,23 +304,14 @@ def split_finer(out, kind, fraction, tok, splits):
         splits["val"][key], splits["train"][key] = value, totals[key] - value
 
 
-def visible_bytes(ids, kind, tok):
-    """UTF-8 of a document's text, or of its messages a line each, without control tokens."""
-    if kind == "text":
-        return tok.decode_bytes(ids[ids != tok.eot])
-    heads = np.flatnonzero(ids == tok.im_start)
-    messages = [tok.decode(ids[a + 1:]).split("<|im_end|>")[0] for a in heads]
-    return "\n".join(m.partition("\n")[2] for m in messages).encode()
-
-
 # ---- tokenizers ----
 
 def make_tokenizer(wanted, jobs, cfg, vocab_size=16384):
     """The Tokenizer that is wanted, trained on jobs' texts if that is "bytebpe"."""
     if wanted != "bytebpe":
         return load_tokenizer(wanted)
-    job, refused = make_job(cfg), Counter()
-    batch_iter = batches(read(jobs, cfg), lambda source, dropped: refused.update([dropped.reason]))
+    job = make_job(cfg)
+    batch_iter = batches(read(jobs, cfg), lambda *dropped: None)
     rows = map_batches(text_batch, batch_iter, job, choose_workers(cfg.workers, jobs))
     texts, share = sample_texts(itertools.chain.from_iterable(rows), TRAINING_TEXT)
     n_chars = sum(map(len, texts))

@@ -12,7 +12,8 @@ init_from = "auto"        # auto: go on with out_dir, else anew; scratch; a mode
 overwrite = False         # let a new run replace what is in out_dir
 seed = 1337               # decides first weights, order of data, dropout
 # ---- data ----
-dataset = "wiki"          # folder under data/, made by prepare.py
+dataset = "wiki"          # folder under data/, made by prepare.py; or several with their weights:
+#                           "wiki:0.7,thucnews:0.3"
 block_size = 256          # tokens of context
 batch_size = 8            # sequences per micro-batch and per process
 gradient_accumulation_steps = 32  # micro-batches per step over all processes: 8 * 32 * 256 = 65,536
@@ -59,14 +60,14 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, configure, run_main
-from data.bins import Bins, replace_folder, write_file
+from data.batches import TextData, tokens_per_step
+from data.bins import open_sets, replace_folder, write_file
 from data.tokenizer import load_tokenizer
 from gpt import GPT, GPTConfig
 
@@ -74,6 +75,7 @@ SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_in
 SAMPLING = {  # small models like to go round in circles; answers have to repeat the question
     "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
     "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
+MANY_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
 
 
@@ -126,95 +128,6 @@ def choose_dtype(wanted, device_type):
     # a CPU without bf16 instructions computes it several times slower than float32
     native = device_type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return torch.bfloat16 if native else torch.float32
-
-
-# ---- the batches ----
-
-class Shuffle:
-    """Item i of an endless reading of n items: each epoch all of them, in a fresh order."""
-
-    def __init__(self, n, seed):
-        self.n, self.seed, self.epoch = n, seed, None
-
-    def at(self, i):
-        """(the item, a number in [0, 1) its whole epoch shares): random, by (seed, i) alone."""
-        if self.epoch != i // self.n:
-            self.epoch = i // self.n
-            rng = np.random.default_rng([self.seed, self.epoch])
-            self.chance, self.order = rng.random(), rng.permutation(self.n)
-        return int(self.order[i % self.n]), self.chance
-
-
-def step_rows(cfg, step, micro):
-    """Numbers, in the whole run, of the rows in one global micro-batch."""
-    first = (step * cfg.gradient_accumulation_steps + micro) * cfg.batch_size
-    return range(first, first + cfg.batch_size)
-
-
-class TextData:
-    """Windows of a text set. What step s sees is a function of (seed, s) alone.
-
-    An epoch is every window of block_size tokens once, in a fresh order and from a fresh offset, so
-    that no two epochs cut the text alike.
-    """
-
-    def __init__(self, bins, cfg):
-        if bins.kind != "text":
-            raise UserError(f"{bins.folder} holds dialogues: those are for sft.py")
-        self.bins, self.cfg, self.tokenizer = bins, cfg, bins.tokenizer
-        self.train, self.val = bins.tokens("train"), bins.tokens("val")
-        self.windows = (len(self.train) - cfg.block_size) // cfg.block_size
-        if self.windows < 1:
-            raise UserError(f"{bins.folder}/train.bin has {len(self.train):,} tokens: too few for "
-                            f"a window of block_size={cfg.block_size} and its shift")
-        self.order = Shuffle(self.windows, cfg.seed)
-
-    def window(self, i):
-        """The block_size + 1 tokens of the i-th sample of the whole run."""
-        T = self.cfg.block_size
-        window, chance = self.order.at(i)
-        start = window * T + int(chance * T)
-        return self.train[start:start + T + 1]
-
-    def batch(self, step, micro):
-        """ids, targets (batch_size, block_size) and no doc_ids, of one global micro-batch."""
-        rows = np.stack([self.window(i) for i in step_rows(self.cfg, step, micro)])
-        rows = torch.from_numpy(rows.astype(np.int64))  # (batch_size, block_size + 1)
-        return rows[:, :-1], rows[:, 1:], None
-
-    def n_trained(self, step):
-        """Trained tokens of a whole step."""
-        return tokens_per_step(self.cfg)
-
-    def epochs(self, steps):
-        return steps * self.cfg.gradient_accumulation_steps * self.cfg.batch_size / self.windows
-
-    def val_batches(self):
-        """The first eval_tokens in windows side by side; every token is predicted exactly once."""
-        T = self.cfg.block_size
-        n = min(len(self.val), self.cfg.eval_tokens or len(self.val))
-        y = self.val[:n].astype(np.int64)
-        x = np.append(self.tokenizer.eot, y[:-1])  # a document's end comes before the first
-        pad = -n % T
-        x = torch.from_numpy(np.append(x, np.zeros(pad, dtype=np.int64))).view(-1, T)
-        y = torch.from_numpy(np.append(y, np.full(pad, -1))).view(-1, T)
-        for i in range(0, len(x), self.cfg.batch_size):
-            yield x[i:i + self.cfg.batch_size], y[i:i + self.cfg.batch_size], None
-
-    def scores(self, loss):
-        """Mean loss, nats per token -> also in bits per byte and per character of the val text."""
-        val = self.bins.meta["splits"]["val"]
-        bits = loss / math.log(2) * val["tokens"]
-        return dict(val_loss=loss, bpb=bits / val["bytes"], bpc=bits / val["characters"])
-
-    def prompts(self):
-        """(shown, ids) of the samples during training; a text begins a document."""
-        starts = [s for s in self.cfg.sample_start.split("|") if s]
-        return [(s, [self.tokenizer.eot, *self.tokenizer.encode(s)]) for s in starts]
-
-
-def tokens_per_step(cfg):
-    return cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
 
 
 def to_device(tensor, device):
@@ -373,11 +286,16 @@ class Trainer:
         self.write_run()
         embedding, body = self.model.n_params()
         cfg, m = self.cfg, self.machine
+        epochs = self.data.epochs(cfg.max_iters)
+        shown = ", ".join(f"{name} {n:.1f}" for name, n in epochs.items())
         print(f"{self.out}: {self.model.config.arch}, {(embedding + body) / 1e6:.2f}M parameters "
               f"({embedding / 1e6:.2f}M in embeddings), {m.device.type} {str(m.dtype)[6:]}, "
               f"{m.world} process{'es' if m.world > 1 else ''}; steps {self.step:,} to "
-              f"{cfg.max_iters:,} of {tokens_per_step(cfg):,} tokens = "
-              f"{self.data.epochs(cfg.max_iters):.1f} epochs of {cfg.dataset}", flush=True)
+              f"{cfg.max_iters:,} of {tokens_per_step(cfg):,} tokens = {shown} epochs", flush=True)
+        for name, n in epochs.items():
+            if n > MANY_EPOCHS and self.kind == "base":
+                print(f"{name} will be read {n:.1f} times: past {MANY_EPOCHS} a model gains little "
+                      "and begins to recite. Take more text, fewer steps or less weight")
 
     def write_run(self, **more):
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
@@ -688,7 +606,7 @@ def train(cfg, make_model, make_data, kind):
 
 
 def open_dataset(name, machine):
-    """Bins(name); the embedded demo set is made on first use, by one process."""
+    """The set or mixture; the embedded demo set is made on first use, by one process."""
     missing = not (Path("data") / name / "meta.json").is_file()
     if name in ("demo", "demo_chat") and missing and machine.main:
         import prepare
@@ -696,7 +614,7 @@ def open_dataset(name, machine):
         prepare.main(["demo"])
     if machine.world > 1:
         dist.barrier()
-    return Bins(name)
+    return open_sets(name)
 
 
 def main():

@@ -33,6 +33,7 @@ import torch
 
 import pretrain
 from config import UserError, configure, newest_model, run_main
+from data.batches import Shuffle, step_rows
 
 
 def fit(ids, tok, max_len):
@@ -63,6 +64,9 @@ class ChatData:
     def __init__(self, bins, cfg):
         if bins.kind != "chat":
             raise UserError(f"{bins.folder} holds texts; sft.py takes a chat set (prepare.py chat)")
+        if len(bins.parts) > 1:
+            raise UserError(f"dataset={cfg.dataset}: sft.py takes one set. Prepare them together: "
+                            "python prepare.py belle sharegpt --name=chat")
         self.bins, self.cfg, self.tokenizer = bins, cfg, bins.tokenizer
         self.dialogues, self.rows = {}, {}
         for split in ("train", "val"):
@@ -74,7 +78,7 @@ class ChatData:
             self.dialogues[split] = kept = [ids for ids in kept if len(ids)]
             self.rows[split] = pack([len(ids) - 1 for ids in kept], cfg.block_size)
             self.report(split, cut, len(whole) - len(kept))
-        self.order = pretrain.Shuffle(len(self.rows["train"]), cfg.seed)
+        self.order = Shuffle(len(self.rows["train"]), cfg.seed)
         self.row = lru_cache(maxsize=4096)(self.row)  # n_trained and batch both read a step's rows
 
     def report(self, split, cut, dropped):
@@ -105,7 +109,7 @@ class ChatData:
 
     def batch(self, step, micro):
         """ids, targets, doc_ids (batch_size, block_size) of one global micro-batch."""
-        rows = pretrain.step_rows(self.cfg, step, micro)
+        rows = step_rows(self.cfg, step, micro)
         return self.stack("train", [self.order.at(i)[0] for i in rows])
 
     def n_trained(self, step):
@@ -115,7 +119,7 @@ class ChatData:
 
     def epochs(self, steps):
         rows = steps * self.cfg.batch_size * self.cfg.gradient_accumulation_steps
-        return rows / len(self.rows["train"])
+        return {self.bins.folder.name: rows / len(self.rows["train"])}
 
     def val_batches(self):
         n_rows = len(self.rows["val"])

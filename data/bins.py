@@ -185,9 +185,50 @@ class Bins:
             raise self._bad(f"{split}.idx is damaged")
         return starts
 
+    @property
+    def parts(self):
+        """[(set, weight)], as a Mixture has them."""
+        return [(self, 1.0)]
+
     def fingerprint(self):
         """What a resumed run must find unchanged: the ids of both splits."""
         return "-".join(self.meta["splits"][s]["sha256"][:16] for s in SPLITS)
+
+
+class Mixture:
+    """Several sets of one kind and tokenizer; .parts are [(Bins, weight)], weights adding up to 1."""
+
+    def __init__(self, weights, root="data"):
+        total = sum(weights.values())
+        self.parts = [(Bins(name, root), weight / total) for name, weight in weights.items()]
+        first = self.parts[0][0]
+        self.folder, self.kind, self.tokenizer = first.folder, first.kind, first.tokenizer
+        for part, _ in self.parts:
+            if part.kind != self.kind:
+                raise UserError(f"{part.folder} is a {part.kind} set, {self.folder} a {self.kind} one")
+            if part.tokenizer.fingerprint != self.tokenizer.fingerprint:
+                raise UserError(f"{part.folder} was made with another tokenizer than {self.folder}. "
+                                f"Prepare it again with --tokenizer={self.folder}")
+
+    def fingerprint(self):
+        return " ".join(f"{part.fingerprint()}:{weight:.6f}" for part, weight in self.parts)
+
+
+def open_sets(text, root="data"):
+    """Bins of "wiki", or the Mixture of "wiki:0.7,thucnews:0.3"."""
+    if not set(text) & set(":,"):
+        return Bins(text, root)
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition(":")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = 0
+        if not name or name in list(weights)[:-1] or not 0 < weights[name] < 1e9:
+            raise UserError(f"dataset={text}: '{part.strip()}' is not one set and its weight. Write "
+                            "wiki:0.7,thucnews:0.3")
+    return Mixture(weights, root)
 
 
 def replace_folder(part, folder):

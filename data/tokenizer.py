@@ -169,6 +169,16 @@ class Tokenizer:
                 mask[first:end[0] + 1 if len(end) else len(ids)] = True
         return mask
 
+    def visible(self, ids):
+        """UTF-8 of what a reader sees of a document's ids: in a dialogue its messages, a line each,
+        without their roles."""
+        ids = np.asarray(ids)
+        heads, ends = np.flatnonzero(ids == self.im_start), np.flatnonzero(ids == self.im_end)
+        if not len(heads):
+            return self.decode_bytes(ids[(ids != self.eot)])
+        messages = [self.decode_bytes(ids[a + 1:b]) for a, b in zip(heads, ends)]
+        return b"\n".join(m.partition(b"\n")[2] for m in messages)
+
     def save(self, folder, chat=False):
         """Write tokenizer.json and tokenizer_config.json, as AutoTokenizer and ours read them."""
         config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,

@@ -1,0 +1,43 @@
+"""A function over many batches, in several processes, in order."""
+import multiprocessing
+import signal
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from config import UserError
+
+
+def map_batches(function, batches, job, n_workers):
+    """Yields function(batch, job) of each batch, in their order, a bounded number under way.
+
+    job is sent to each process once. UserError: a process was killed.
+    """
+    if n_workers == 1:
+        yield from (function(batch, job) for batch in batches)
+        return
+    context = multiprocessing.get_context("spawn")  # fork would copy threads' locks
+    with ProcessPoolExecutor(n_workers, context, _start, (function, job)) as pool:
+        pending = deque()
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_work, batch))
+                if len(pending) > 3 * n_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as e:
+            raise UserError("a worker was killed, perhaps for memory. Try --workers=1") from e
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(function, job):
+    global _task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    _task = function, job
+
+
+def _work(batch):
+    function, job = _task
+    return function(batch, job)
