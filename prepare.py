@@ -32,10 +32,12 @@ workers = 0          # processes that clean and tokenise; 0 = one a core, fewer 
 plot = False         # also draw data/NAME/inspect.png (pip install matplotlib)
 
 import hashlib
+import heapq
 import itertools
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +59,7 @@ DEMO = Path(__file__).parent / "data" / "demo" / "raw"
 BATCH = 500_000      # characters that travel to a worker at once
 MIN_DOCUMENTS = 20   # with fewer, whole documents are too coarse a split
 RECORDED = ("val_fraction", "sample", "max_docs", "field", "evidence", "near_duplicates")
-TRAINING_TEXT = 2**24  # characters a tokenizer is trained on at most: a sample beyond that
+TRAINING_TEXT = 8_000_000  # characters a tokenizer learns from at most: 2 GB of memory
 
 
 # ---- reading ----
@@ -183,9 +185,9 @@ def encode_batch(batch, job):
 
 
 def text_batch(batch, job):
-    """[(digest, text)] of what the training split keeps: for a new tokenizer."""
-    return [(key, contents(doc)) for _, doc, reason, _, key in clean_batch(batch, job)
-            if not reason and key >= job.threshold]
+    """[(reason why it is no training text or "", digest, text)]: for a new tokenizer."""
+    return [(reason or ("held out" if key < job.threshold else ""), key, contents(doc))
+            for _, doc, reason, _, key in clean_batch(batch, job)]
 
 
 # ---- a prepared set ----
@@ -310,35 +312,40 @@ def make_tokenizer(wanted, jobs, cfg, vocab_size=16384):
     """The Tokenizer that is wanted, trained on jobs' texts if that is "bytebpe"."""
     if wanted != "bytebpe":
         return load_tokenizer(wanted)
-    job = make_job(cfg)
-    batch_iter = batches(read(jobs, cfg), lambda *dropped: None)
-    rows = map_batches(text_batch, batch_iter, job, choose_workers(cfg.workers, jobs))
-    texts, share = sample_texts(itertools.chain.from_iterable(rows), TRAINING_TEXT)
-    n_chars = sum(map(len, texts))
+    refused = Counter()
+    batch_iter = batches(read(jobs, cfg), lambda source, reason, where: refused.update([reason]))
+    results = map_batches(text_batch, batch_iter, make_job(cfg), choose_workers(cfg.workers, jobs))
+    texts = sample_texts(itertools.chain.from_iterable(results), TRAINING_TEXT, refused)
+    n_chars, rest = sum(map(len, texts)), listed(refused)
     if not n_chars:
-        raise UserError("no text is left to train a tokenizer on")
-    if n_chars > 1_000_000:
-        part = "" if share == 1 else f", {share:.1%} of the documents"
-        print(f"training a tokenizer on {n_chars:,} characters{part}", flush=True)
+        raise UserError(f"no document is left to train a tokenizer on: {rest or 'no files'}")
+    if n_chars > 1_000_000 or refused:
+        print(f"training a tokenizer on {len(texts):,} documents, {n_chars:,} characters"
+              + f" (others: {rest})" * bool(rest), flush=True)
     return train_bytebpe(texts, cfg.vocab_size or vocab_size)
 
 
-def sample_texts(rows, most):
-    """Texts of [(digest, text)], at most so many characters -> (texts, share of documents taken).
+def sample_texts(rows, most, refused):
+    """Texts of [(reason, digest, text)], at most so many characters; refused counts the reasons.
 
-    Whenever they grow over, the half with the larger digests goes: one pass, bounded memory, and
-    the same texts whatever their order.
+    Those with the smallest digests are kept: one pass, bounded memory, the same texts whatever
+    their order.
     """
-    kept, size, limit = {}, 0, 2**32
-    for key, text in rows:
-        if key % 2**32 < limit and key not in kept:
+    kept, largest, size, limit = {}, [], 0, 2**64
+    for reason, key, text in rows:
+        if reason:
+            refused[reason] += 1
+        elif key >= limit:
+            refused["not in the sample"] += 1
+        elif key not in kept:
             kept[key] = text
+            heapq.heappush(largest, -key)
             size += len(text)
         while size > most and len(kept) > 1:
-            limit //= 2
-            kept = {k: t for k, t in kept.items() if k % 2**32 < limit}
-            size = sum(map(len, kept.values()))
-    return [kept[key] for key in sorted(kept)], limit / 2**32
+            limit = -heapq.heappop(largest)
+            size -= len(kept.pop(limit))
+            refused["not in the sample"] += 1
+    return [kept[key] for key in sorted(kept)]
 
 
 def prepare_tokenizer(words, cfg):

@@ -7,6 +7,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from array import array
 from contextlib import suppress
@@ -220,14 +221,11 @@ def open_sets(text, root="data"):
         return Bins(text, root)
     weights = {}
     for part in text.split(","):
-        name, _, weight = part.strip().partition(":")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            weights[name] = 0
-        if not name or name in list(weights)[:-1] or not 0 < weights[name] < 1e9:
+        match = re.fullmatch(r"([^:]+):(\d*\.?\d+)", part.strip())
+        if not match or match[1] in weights or not 0 < float(match[2]) < 1e9:
             raise UserError(f"dataset={text}: '{part.strip()}' is not one set and its weight. Write "
                             "wiki:0.7,thucnews:0.3")
+        weights[match[1]] = float(match[2])
     return Mixture(weights, root)
 
 

@@ -89,9 +89,10 @@ def clean_dialogue(doc, rules):
         to_simplified(m["content"]) if rules.simplify else m["content"])) for m in doc]
     messages = [m for m in messages if m["content"] or m["role"] != "system"]
     n = next((i for i, m in enumerate(messages) if not m["content"]), len(messages))
-    while n and messages[n - 1]["role"] != "assistant":
+    while n and messages[n - 1]["role"] != "assistant":  # nothing after it is trained
         n -= 1
-    return messages[:n], "" if n else "no answer", Counter({"messages": len(messages) - n})
+    reason = "" if n else "empty message"
+    return messages[:n], reason, Counter({"messages": len(messages) - n})
 
 
 def chinese_share(text):

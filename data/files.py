@@ -129,18 +129,22 @@ def _unreadable(name, error):
 def encoding_of(head):
     """The encoding of a file that begins with these bytes: UTF-8 unless they say otherwise.
 
-    UTF-16 has a byte order mark, or zeros for every newline; GB18030 is not valid as UTF-8.
+    UTF-16 has a byte order mark, or zeros and makes sense; GB18030 is not valid as UTF-8.
     """
     for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
                        (codecs.BOM_UTF16_BE, "utf-16")):
         if head.startswith(mark):
             return name
-    zeros = head[::2].count(0), head[1::2].count(0)
-    if 100 * max(zeros) > len(head):
-        return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    if 200 * head.count(0) > len(head):  # of every newline, and of U+4E00, "one"
+        return max("utf-16-le", "utf-16-be", key=lambda e: _sense(head[:4000].decode(e, "replace")))
     broken = head.decode("utf-8", "replace").count("\ufffd")
     foreign = len(head) - len(head.translate(None, bytes(range(128, 256))))
     return "gb18030" if 5 * broken > foreign else "utf-8"
+
+
+def _sense(text):
+    """How many of the characters are those of Chinese text: Han, ASCII, full-width forms."""
+    return len(re.findall("[\u4e00-\u9fff\x09-\x7e\u3000-\u303f\uff00-\uff65]", text))
 
 
 def decoded(stream, newline="\n"):
@@ -156,14 +160,13 @@ def lines(text):
 
 def text_parts(stream):
     """A whole text; one over LONGEST in parts, cut at line ends."""
-    text, rest = decoded(stream, newline=None), ""
-    while part := text.read(LONGEST - len(rest)):
-        part = rest + part
-        cut = part.rfind("\n") + 1 if len(part) == LONGEST else len(part)
-        part, rest = part[:cut or len(part)], part[cut or len(part):]
+    text, rest, whole = decoded(stream, newline=None), "", True
+    while len(part := rest + text.read(LONGEST - len(rest))) == LONGEST:
+        cut = part.rfind("\n") + 1 or LONGEST
+        rest, whole = part[cut:], False
+        yield part[:cut]
+    if part or whole:
         yield part
-    if rest:
-        yield rest
 
 
 # ---- records ----

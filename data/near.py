@@ -9,12 +9,12 @@ PIECE = 5             # characters
 
 
 def signature(text):
-    """MinHash of a text's pieces, an array of N_PERMUTATIONS numbers."""
-    from datasketch import MinHash
+    """MinHash of a text's pieces, in the form that travels between processes."""
+    from datasketch import LeanMinHash, MinHash
     pieces = {text[i:i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
     minhash = MinHash(N_PERMUTATIONS)
     minhash.update_batch([piece.encode() for piece in pieces])
-    return minhash.hashvalues
+    return LeanMinHash(minhash)
 
 
 class NearDuplicates:
@@ -25,10 +25,8 @@ class NearDuplicates:
             raise UserError("near_duplicates needs datasketch: pip install datasketch") from e
         self.index = MinHashLSH(similarity, N_PERMUTATIONS)
 
-    def has(self, key, hashvalues):
+    def has(self, key, minhash):
         """Whether a document like this one came before; if not, it is remembered."""
-        from datasketch import LeanMinHash
-        minhash = LeanMinHash(seed=1, hashvalues=hashvalues)
         if self.index.query(minhash):
             return True
         self.index.insert(key, minhash)

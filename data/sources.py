@@ -41,8 +41,9 @@ class WikiPage:
 
 
 def titled(title, text):
-    """The text, led by its title if it is not already."""
-    return text if not title or text.startswith(title) else f"{title}\n\n{text}"
+    """The text, led by a line with its title if it is not already."""
+    first_line = text.partition("\n")[0].strip()
+    return text if title in ("", first_line) else f"{title}\n\n{text}"
 
 
 def text_of(record, where, field=""):
@@ -220,7 +221,7 @@ def from_instruction(record, where):
     if isinstance(record.get("instances"), list):
         for one in record["instances"]:
             one = one if isinstance(one, dict) else {}
-            yield pair(f"{instruction}\n{one.get('input') or ''}", one.get("output"), where)
+            yield pair(with_input(instruction, one), one.get("output"), where)
         return
     parts = re.split(r"(?:^|\n)(Human|Assistant)[:：]", instruction.strip())
     if len(parts) > 2 and not parts[0].strip() and parts[-2] == "Assistant" and not parts[-1].strip():
@@ -232,9 +233,14 @@ def from_instruction(record, where):
     history = record.get("history") if isinstance(record.get("history"), list) else []
     before = [m for two in history if isinstance(two, list) and len(two) == 2
               for m in (dict(role="user", content=two[0]), dict(role="assistant", content=two[1]))]
-    now = pair(f"{instruction}\n{record.get('input') or ''}", record.get("output"), where)
+    now = pair(with_input(instruction, record), record.get("output"), where)
     yield now if isinstance(now, Dropped) or not before else check_messages(
         [*map(turn, before), *now], where)
+
+
+def with_input(instruction, record):
+    more = record.get("input")
+    return f"{instruction}\n{more}" if isinstance(more, str) and more.strip() else instruction
 
 
 def from_squad(record, where, evidence):

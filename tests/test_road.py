@@ -5,15 +5,19 @@ import shutil
 import subprocess
 import sys
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from conftest import ENV, ROOT, one_line, run
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pretrain
 import sft
 from config import UserError, configure
-from data.bins import Bins
+from data.batches import DECK, Deck, TextData
+from data.bins import Bins, open_sets
 from gpt import GPT
 
 torch.set_num_threads(1)
@@ -128,8 +132,9 @@ def test_best_is_the_evaluation_with_the_lowest_loss(base):
 
 def test_an_epoch_holds_every_window_once_and_the_next_is_cut_elsewhere(demo):
     data = pretrain.TextData(Bins("demo", demo / "data"), settings())
-    T, W = 32, data.windows
-    epochs = [[data.order.at(e * W + i) for i in range(W)] for e in (0, 1)]
+    T, (order,) = 32, data.orders
+    W = order.n
+    epochs = [[order.at(e * W + i) for i in range(W)] for e in (0, 1)]
     assert [sorted(w for w, _ in e) for e in epochs] == [list(range(W))] * 2
     assert epochs[0] != epochs[1] and epochs[0][0][1] != epochs[1][0][1]
     assert all(len(data.window(i)) == T + 1 for i in range(2 * W))
@@ -137,6 +142,68 @@ def test_an_epoch_holds_every_window_once_and_the_next_is_cut_elsewhere(demo):
     for step in (0, 900, 7):  # in any order
         for a, b in zip(data.batch(step, 1)[:2], again.batch(step, 1)[:2]):
             assert torch.equal(a, b)
+
+
+# ---- mixtures ----
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5), st.integers(0, 99))
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_a_mixture_deals_each_set_by_weight_and_in_order(weights, seed):
+    weights = [w / sum(weights) for w in weights]
+    deck, dealt = Deck(weights, seed), {}
+    for i in range(2 * DECK):
+        k, n = deck.at(i)
+        assert n == dealt.get(k, 0)  # no sample of a set is passed over
+        dealt[k] = n + 1
+    for k, w in enumerate(weights):
+        assert abs(dealt[k] - 2 * DECK * w) <= 2
+    assert [Deck(weights, seed).at(i) for i in (7, 1999, 7)] == [deck.at(i) for i in (7, 1999, 7)]
+
+
+@pytest.fixture
+def two_sets(place):
+    """data/a and data/b, different texts in the demo's tokenizer."""
+    for name, part in (("a", "wiki_00"), ("b", "wiki_05")):
+        done = run(place, "prepare.py", "wiki", ROOT / "data/demo/raw/wiki_zh/AA" / part,
+                   "--tokenizer=data/demo", f"--name={name}", "--val_fraction=0.1")
+        assert done.returncode == 0, done.stderr
+    return place
+
+
+def test_a_run_on_a_mixture_says_its_epochs_and_resumes_exactly(two_sets):
+    words = ["--dataset=a:3,b:1", "--max_iters=12"]
+    done = train(two_sets, *words, "--out_dir=out/x")
+    windows = {n: (Bins(n, two_sets / "data").meta["splits"]["train"]["tokens"] - 32) // 32
+               for n in "ab"}
+    epochs = {n: 12 * 8 * share / windows[n] for n, share in (("a", 0.75), ("b", 0.25))}
+    assert f"a {epochs['a']:.1f}, b {epochs['b']:.1f} epochs" in done.stdout, done.stdout
+    train(two_sets, "--dataset=a:3,b:1", "--max_iters=6", "--out_dir=out/y")
+    one_line(run(two_sets, "pretrain.py", *TINY, "--dataset=a:1,b:1", "--out_dir=out/y"), "data=")
+    assert "going on from" in train(two_sets, *words, "--out_dir=out/y").stdout
+    ends = [e for e in curve(two_sets / "out/x") if e[0] > 6 and e[1]]
+    assert ends and len(ends) == len([e for e in curve(two_sets / "out/y") if e[0] > 6 and e[1]])
+    done = train(two_sets, "--dataset=a:1,b:9", "--max_iters=400", "--n_layer=1", "--n_embd=8",
+                 "--eval_interval=400", "--checkpoint_interval=400", "--out_dir=out/z")
+    assert "b will be read" in done.stdout and "a will be read" not in done.stdout
+
+
+def test_a_mixture_is_evaluated_on_every_set_in_its_share(two_sets):
+    bins = open_sets("a:3,b:1", two_sets / "data")
+    data = TextData(bins, settings("--eval_tokens=400"))
+    targets = torch.cat([y.flatten() for _, y, _ in data.val_batches()])
+    want = [part.tokens("val")[:n].astype(np.int64) for (part, _), n in zip(bins.parts, (300, 100))]
+    assert targets[targets >= 0].tolist() == np.concatenate(want).tolist()
+    one = [TextData(part, settings("--eval_tokens=0")).scores(2.0)["bpb"] for part, _ in bins.parts]
+    assert min(one) <= data.scores(2.0)["bpb"] <= max(one)
+
+
+@pytest.mark.parametrize("text, what", [
+    ("a:0.7,b", "'b' is not one set"), ("a:x", "'a:x'"), ("a:0", "'a:0'"), ("a:1,a:1", "'a:1'"),
+    ("a:1,,b:1", "''"), ("a:1,none:1", "none is not prepared"), ("a:1,demo_chat:1", "chat set"),
+    ("a:1,b:0.0001", "under 1/1,000")])
+def test_a_mixture_that_cannot_be_is_one_line(text, what, two_sets):
+    with pytest.raises(UserError, match=what):
+        TextData(open_sets(text, two_sets / "data"), settings())
 
 
 def test_accumulated_gradients_equal_one_batch(demo):

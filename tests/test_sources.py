@@ -1,0 +1,573 @@
+"""The laws of the sources: every raw form is read, and every document is accounted for."""
+import bz2
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import lzma
+import os
+import random
+import resource
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import Counter
+
+import pytest
+from conftest import ENV, ROOT, SHARED, one_line, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+from config import UserError
+from data import files
+from data.bins import Bins
+from data.clean import Rules, chinese_share, clean_document
+from data.files import Dropped, encoding_of, json_values, records
+from data.sources import SOURCES, WikiPage, dialogues
+from data.tokenizer import load_tokenizer, train_bytebpe
+from data.wikitext import plain, tidy
+
+SAMPLES = SHARED / "samples"
+FIXTURES = ROOT / "tests" / "fixtures"
+ARTICLE = """茶
+
+茶（tea；學名：Camellia sinensis，/tiː/）是用开水泡的饮料，起源于中国。它的沸水约为$100^{\\circ}$，與咖啡碱有关。
+
+历史
+
+古代
+传说神农发现了茶。
+唐代的陆羽写了《茶经》。
+共三卷。
+第一卷讲起源 与工具。
+
+饮法
+在街庄里，人们用紫砂壶泡茶。茶者，南方之嘉木也。"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo):
+    return f"--tokenizer={demo / 'data' / 'demo'}"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def books(name):
+    """meta.json of a set, its books checked."""
+    meta = Bins(name).meta
+    for c in meta["sources"].values():
+        assert c["read"] == c["written"] + sum(c["dropped"].values())
+    return meta
+
+
+def texts(name):
+    """All documents of a set as a reader sees them, in no order."""
+    bins = Bins(name)
+    whole = []
+    for split in ("train", "val"):
+        starts, tokens = bins.starts(split), bins.tokens(split)
+        whole += [bins.tokenizer.visible(tokens[a:b]).decode() for a, b in zip(starts, starts[1:])]
+    return whole
+
+
+# ---- golden counts ----
+
+GOLDEN = {
+    "wiki wiki_zh_2019": (64, 64, {}),
+    "wiki wikiextractor_json wikiextractor_doc": (80, 80, {}),
+    "wiki mediawiki_xml --min_chinese=0": (8, 6, {"other namespace": 2}),
+    "wiki mediawiki_xml wiki_zh_2019": (72, 64, {"other namespace": 2, "little Chinese": 6}),
+    "thucnews thucnews": (502, 459, {"duplicate": 40, "little Chinese": 1, "too short": 2}),
+    "alpaca alpaca": (1000, 992, {"duplicate": 8}),
+    "belle belle": (579, 579, {}),
+    "sharegpt sharegpt": (183, 183, {}),
+    "webqa webqa": (3036, 3030, {"duplicate": 5, "no messages": 1}),
+    "webqa webqa --evidence": (3257, 3118, {"duplicate": 2, "no messages": 7, "unanswerable": 130}),
+    "dureader dureader": (220, 125, {"unanswerable": 95}),
+    "dureader dureader --evidence": (220, 125, {"unanswerable": 95}),
+    "chat messages": (5, 5, {}),
+    "chat gbk": (424, 412, {"duplicate": 11, "not CSV": 1}),
+    "chat squad_style": (1002, 1000, {"empty message": 2}),
+}
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
+@pytest.mark.parametrize("words", GOLDEN)
+def test_samples_of_every_form_give_the_documents_counted_in_them(words, here, tokenizer):
+    source, *rest = words.split()
+    rest = [w if w.startswith("--") else str(SAMPLES / w) for w in rest]
+    prepare.main([source, *rest, tokenizer, "--name=x"])
+    counts = books("x")["sources"][source]
+    assert (counts["read"], counts["written"], counts["dropped"]) == GOLDEN[words]
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
+def test_chat_tells_every_form_by_its_content(here, tokenizer):
+    prepare.main(["chat", str(SAMPLES), tokenizer, "--name=x"])
+    counts = books("x")["sources"]["chat"]
+    wanted = ("alpaca", "belle", "sharegpt", "webqa", "dureader", "messages", "gbk", "squad_style")
+    assert counts["read"] == sum(GOLDEN[k][0] for k in GOLDEN if k.endswith(wanted))
+
+
+# ---- wikis ----
+
+def test_a_dump_becomes_the_text_a_reader_sees(here, tokenizer):
+    prepare.main(["wiki", str(FIXTURES / "zhwiki.xml"), tokenizer, "--name=x"])
+    counts = books("x")["sources"]["wiki"]
+    assert counts["read"] == 8 and counts["written"] == 2
+    assert counts["dropped"] == {"redirect": 2, "other namespace": 2, "disambiguation": 1, "empty": 1}
+    pages = [clean_document(page, Rules())[0]
+             for page in SOURCES["wiki"].documents([str(FIXTURES / "zhwiki.xml")])
+             if isinstance(page, WikiPage)]
+    assert pages[0] == ARTICLE
+    assert pages[1].startswith("水\n\n水是氢和氧组成的化合物") and pages[1].endswith("是生命之源。")
+    assert pages[2] == ""
+
+
+def test_a_dump_in_utf16_and_bz2_is_the_same_dump(here):
+    text = (FIXTURES / "zhwiki.xml").read_text(encoding="utf-8")
+    (here / "a.xml.bz2").write_bytes(bz2.compress(text.encode("utf-16")))
+    ours = [list(SOURCES["wiki"].documents([file])) for file in
+            ("a.xml.bz2", str(FIXTURES / "zhwiki.xml"))]
+    assert [getattr(d, "raw", d) and type(d) for d in ours[0]] == [
+        getattr(d, "raw", d) and type(d) for d in ours[1]]
+    assert [d.raw for d in ours[0] if isinstance(d, WikiPage)] == [
+        d.raw for d in ours[1] if isinstance(d, WikiPage)]
+
+
+def test_what_extractors_leave_is_tidied():
+    assert tidy("群、環、-{zh-cn:域;zh-tw:體}-等（）") == "群、環、域等"
+    assert tidy("與-{zh-hans:简; zh-hant:珍;}-·马普尔（英語：，音译）") == "與简·马普尔（英語：，音译）"
+    assert tidy("一<br>\n街-{庄}-（，二）《》main()") == "一\n\n街庄（二）main()"
+
+
+@given(st.text(alphabet="{}[]|-=<>ref/!*'\n （）:茶zh;#", max_size=300))
+@settings(max_examples=500, deadline=None)
+def test_broken_wikitext_never_fails_and_plain_text_stays(text):
+    plain(text), tidy(text)
+    letters = "".join(c for c in text if c == "茶")
+    if not set(text) & set("{}[]<>=|!-"):
+        assert "".join(c for c in plain(text) if c == "茶") == letters
+
+
+# ---- files ----
+
+TEXT = "长江是中国最长的河流，发源于青藏高原。\n它流过十一个省份，最后流入东海。"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be",
+                                      "gb18030", "gbk"])
+def test_encodings_are_told_apart(encoding, here):
+    (here / "a.txt").write_bytes(TEXT.encode(encoding))
+    assert list(SOURCES["text"].documents(["a.txt"])) == [TEXT]
+    (here / "a.jsonl").write_bytes(json.dumps({"text": TEXT}, ensure_ascii=False).encode(encoding))
+    assert list(SOURCES["text"].documents(["a.jsonl"])) == [TEXT]
+    assert encoding_of(("a" * 50 + "\n").encode()) == "utf-8"
+
+
+def test_compressed_files_are_read_as_they_are(here):
+    lines = "".join(json.dumps({"text": f"{TEXT}{i}"}) + "\n" for i in range(3)).encode()
+    for ending, compress in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+        (here / f"a.jsonl{ending}").write_bytes(compress(lines))
+        assert list(SOURCES["text"].documents([f"a.jsonl{ending}"])) == [f"{TEXT}{i}" for i in range(3)]
+    with zipfile.ZipFile("a.zip", "w") as archive:
+        archive.writestr("../../b.jsonl", lines)
+        archive.writestr("c/d.jsonl.gz", gzip.compress(lines))
+        archive.writestr("picture.png", b"\x89PNG")
+    assert len(list(SOURCES["text"].documents(["a.zip"]))) == 6
+    assert not (here.parent / "b.jsonl").exists()
+    for name in ("a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.zip"):  # cut short
+        (here / name).write_bytes((here / name).read_bytes()[:-20])
+        found = list(SOURCES["text"].documents([name]))
+        assert isinstance(found[-1], Dropped) and found[-1].reason == "unreadable file", name
+
+
+def test_links_that_go_round_are_followed_once(here):
+    (here / "raw" / "sub").mkdir(parents=True)
+    (here / "raw" / "sub" / "a.txt").write_text(TEXT, encoding="utf-8")
+    (here / "raw" / "sub" / "round").symlink_to(here / "raw")
+    (here / "raw" / "nowhere.txt").symlink_to(here / "missing")
+    assert files.find_files(["raw", "./raw/"], SOURCES["text"].wanted) == ["raw/sub/a.txt"]
+
+
+def test_tables_and_saved_datasets_are_read(here):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    table = pa.table({"title": ["长江", "黄河"], "text": [TEXT, "黄河流过九个省区。"]})
+    parquet.write_table(table, "a.parquet")
+    os.makedirs("saved")
+    with pa.OSFile("saved/data-00000-of-00001.arrow", "wb") as out:
+        with pa.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table)
+    for name in ("state.json", "dataset_info.json"):
+        (here / "saved" / name).write_text("{}", encoding="utf-8")
+    (here / "a.csv").write_text('title,text\n长江,"长江是河，\n很长。"\n黄河,黄河也是河。\n坏\n',
+                                encoding="utf-8")
+    want = [f"长江\n\n{TEXT}", "黄河\n\n黄河流过九个省区。"]
+    for name in ("a.parquet", "saved"):
+        found = files.find_files([name], SOURCES["text"].wanted)
+        assert list(SOURCES["text"].documents(found)) == want
+    rows = list(SOURCES["text"].documents(["a.csv"]))
+    assert rows[:2] == ["长江\n\n长江是河，\n很长。", "黄河\n\n黄河也是河。"]
+    assert [d.reason for d in rows[2:]] == ["not CSV"]
+    (here / "b.parquet").write_bytes((here / "a.parquet").read_bytes()[:-40])
+    assert [d.reason for d in SOURCES["text"].documents(["b.parquet"])] == ["unreadable file"]
+
+
+values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5),
+                      lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v,
+                                                                          max_size=3), max_leaves=8)
+
+
+@given(st.lists(values, max_size=6), st.sampled_from([None, 1]), st.integers(20, 90))
+@settings(max_examples=200, deadline=None)
+def test_json_of_any_length_is_read_piece_by_piece(items, indent, head):
+    text = json.dumps(items, indent=indent)
+    before, files.HEAD = files.HEAD, head  # so that nothing fits at once
+    try:
+        assert [v for _, v in json_values("x", io.StringIO(text))] == items
+        cut = [v for _, v in json_values("x", io.StringIO(text[:-1]))]
+    finally:
+        files.HEAD = before
+    assert cut[:len(items)] == items and isinstance(cut[-1], Dropped)
+
+
+def test_one_huge_object_gives_its_members(here, monkeypatch):
+    monkeypatch.setattr(files, "HEAD", 1000)
+    webqa = {f"Q{i}": {"question": f"问{i}", "evidences": {"e": {"answer": ["是"], "evidence": "文"}}}
+             for i in range(100)}
+    squad = {"version": "1", "data": [{"paragraphs": [{"context": "文", "qas": [
+        {"question": f"问{i}", "answers": [{"text": "答"}]}]}]} for i in range(100)]}
+    for value in (webqa, squad):
+        (here / "a.json").write_text(json.dumps(value), encoding="utf-8")
+        assert len([d for d in SOURCES["chat"].documents(["a.json"]) if isinstance(d, list)]) == 100
+
+
+# ---- dialogues ----
+
+QA = [dict(role="user", content="问"), dict(role="assistant", content="答")]
+
+
+@pytest.mark.parametrize("record", [
+    {"messages": QA}, QA, {"conversations": [{"from": "human", "value": "问"},
+                                             {"from": "gpt", "value": "答"}]},
+    {"conversation": [{"human": "问", "assistant": "答"}]},
+    {"instruction": "问", "input": "", "output": "答"}, {"instruction": "问", "output": "答"},
+    {"instruction": "Human: 问\nAssistant:", "input": "", "output": "答"},
+    {"question": "问", "answer": "答"}, {"prompt": "问", "response": "答"},
+    {"question": "问", "answers": ["", "答", "别的"], "documents": []},
+    {"question": "问", "evidences": {"a": {"answer": ["no_answer"], "evidence": "x"},
+                                     "b": {"answer": ["答"], "evidence": "y"}}},
+    {"id": "3", "question": "问", "passages": [{"answer": "", "passage": "x"},
+                                              {"answer": "答", "passage": "y"}]},
+    {"context": "x", "qas": [{"question": "问", "answers": [{"text": "答", "answer_start": 0}]}]},
+    {"kind": "x", "input": "问", "target": "答"}])
+def test_every_form_of_one_question_is_the_same_dialogue(record):
+    found = [clean_document(d, Rules())[0] for d in dialogues(record, "x:1", False)]
+    assert found == [QA]
+
+
+def test_dialogues_keep_their_turns_and_stop_before_an_empty_one():
+    belle = {"instruction": "Human:一\nAssistant:二\nHuman:三：Human:不是\nAssistant:", "output": "四"}
+    (found,) = dialogues(belle, "", False)
+    assert [m["content"] for m in found] == ["一", "二", "三：Human:不是", "四"]
+    history = {"instruction": "三", "output": "四", "history": [["一", "二"]]}
+    assert [m["content"] for m in next(dialogues(history, "", False))] == list("一二三四")
+    doc = [*QA, dict(role="user", content=" "), dict(role="assistant", content="x")]
+    assert clean_document(doc, Rules()) == (QA, "", Counter(messages=2))
+    squad = {"context": "长江很长。", "qas": [{"question": "什么长？", "answers": [{"text": "长江"}]},
+                                        {"question": "？", "answers": [], "is_impossible": True}]}
+    asked, refused = dialogues(squad, "", True)
+    assert asked[0]["content"] == "长江很长。\n\n什么长？" and refused.reason == "unanswerable"
+
+
+# ---- cleaning ----
+
+def test_texts_are_kept_or_dropped_by_the_rules():
+    rules = Rules(min_chars=5, min_chinese=0.3)
+    for text, reason in (("", "empty"), ("短", "too short"), ("only English here", "little Chinese"),
+                         ("长江是一条很长的河。", "")):
+        assert clean_document(text, rules)[1] == reason
+    assert chinese_share("a 长\n") == 0.5 and chinese_share("𠮷") == 1
+    page = "正文在这里，讲一件事。\n责任编辑：张三\n相关阅读：别的\n版权所有 某网站\n责任编辑是一种工作。"
+    text, _, trimmed = clean_document(page, Rules())
+    assert text == "正文在这里，讲一件事。\n责任编辑是一种工作。" and trimmed["boilerplate lines"] == 3
+    broken = "\n".join(["好的一行。"] * 12) + "\n坏\udcff的一行"
+    text, reason, trimmed = clean_document(broken, Rules())
+    assert not reason and "坏" not in text and trimmed["undecodable lines"] == 1
+    assert clean_document("坏\udcff的", Rules())[1] == "bad encoding"
+
+
+def test_traditional_text_is_simplified_word_by_word():
+    pytest.importorskip("opencc")
+    assert clean_document("頭髮和發展，乾淨和乾坤", Rules(simplify=True))[0] == "头发和发展，干净和乾坤"
+
+
+def test_near_duplicates_are_dropped_on_request(here, tokenizer):
+    pytest.importorskip("datasketch")
+    rng = random.Random(0)
+    docs = ["".join(rng.choices("的一是在不了有和人这中大为上个国", k=300)) for _ in range(30)]
+    docs += [docs[0][:290] + "改了结尾", docs[1] + "多了几个字"]
+    (here / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), "utf-8")
+    prepare.main(["text", "a.jsonl", tokenizer, "--name=x", "--near_duplicates=0.8"])
+    assert books("x")["sources"]["text"]["dropped"] == {"near duplicate": 2}
+
+
+# ---- several sources, samples, limits ----
+
+def write_corpus(file, n, what):
+    file.write_text("".join(json.dumps({"text": f"第{i}篇{what}，讲的是一件很小的事情。"}) + "\n"
+                            for i in range(n)), encoding="utf-8")
+
+
+def test_several_sources_make_one_set_in_any_order(here, tokenizer):
+    write_corpus(here / "w.jsonl", 60, "百科")
+    (here / "n.txt").write_text("".join(f"体育\t第{i}条新闻，讲的是一场球赛。\n" for i in range(40)), "utf-8")
+    prepare.main(["wiki", "w.jsonl", "thucnews", "n.txt", tokenizer, "--name=zh", "--val_fraction=0.1"])
+    first = {s: Bins("zh").tokens(s).tobytes() for s in ("train", "val")}
+    counts = books("zh")["sources"]
+    assert (counts["wiki"]["written"], counts["thucnews"]["written"]) == (60, 40)
+    assert "第3条新闻，讲的是一场球赛。" in texts("zh")
+    prepare.main(["thucnews", "n.txt", "wiki", "w.jsonl", tokenizer, "--name=zh", "--val_fraction=0.1"])
+    assert first == {s: Bins("zh").tokens(s).tobytes() for s in ("train", "val")}
+
+
+def test_a_sample_is_the_same_part_whatever_the_order(here, tokenizer):
+    for k in "ab":
+        write_corpus(here / f"{k}.jsonl", 150, k)
+    found = []
+    for words in (["a.jsonl", "b.jsonl"], ["b.jsonl", "a.jsonl"], ["a.jsonl"]):
+        prepare.main(["text", *words, tokenizer, "--name=x", "--sample=0.3", "--val_fraction=0.1"])
+        found.append(set(texts("x")))
+    assert found[0] == found[1] > found[2] and 50 < len(found[0]) < 130
+    assert books("x")["sources"]["text"]["dropped"]["not in the sample"] > 80
+    prepare.main(["text", "a.jsonl", tokenizer, "--name=x", "--max_docs=30"])
+    assert books("x")["sources"]["text"]["read"] == 30
+
+
+# ---- looking into a set, tokenizers alone ----
+
+def test_inspect_shows_tokens_with_borders_and_what_is_trained(here, tokenizer, capsys):
+    lines = [{"messages": [{"role": "user", "content": f"第{i}问"},
+                           {"role": "assistant", "content": f"第{i}答"}]} for i in range(40)]
+    (here / "a.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    prepare.main(["chat", "a.jsonl", tokenizer, "--name=x", "--val_fraction=0.2"])
+    capsys.readouterr()
+    prepare.main(["inspect", "x"])
+    shown = capsys.readouterr().out
+    first = next(line for line in shown.splitlines() if line.startswith("<|im_start|>"))
+    before, trained = first.replace("}", "{").split("{")[:2]
+    assert before.replace("|", "").endswith("<im_start>assistant\\n")
+    assert trained.replace("|", "").endswith("答<im_end>")
+    assert "2.0 messages a dialogue, 0 dialogues with none" in shown
+    assert "40 of 40 documents" in shown and "tokens per character" in shown
+    for words, what in (([], "name one"), (["none"], "not prepared")):
+        with pytest.raises(UserError, match=what):
+            prepare.main(["inspect", *words])
+
+
+def test_inspect_draws_on_request(here, tokenizer):
+    write_corpus(here / "a.jsonl", 30, "文")
+    prepare.main(["text", "a.jsonl", tokenizer, "--name=x"])
+    prepare.main(["inspect", "x", "--plot"])
+    assert (here / "data/x/inspect.png").stat().st_size > 1000
+
+
+def test_a_tokenizer_alone_serves_a_set(here):
+    write_corpus(here / "a.jsonl", 300, "文")
+    prepare.main(["tokenizer", "a.jsonl", "--vocab_size=290", "--name=t"])
+    prepare.main(["text", "a.jsonl", "--tokenizer=data/t", "--name=x"])
+    bins = Bins("x")
+    assert bins.tokenizer.n_ids == 290 and bins.tokenizer.fast
+    assert load_tokenizer("data/t").fingerprint == bins.tokenizer.fingerprint
+
+
+@given(st.lists(st.text(min_size=1, max_size=40), unique=True), st.integers(1, 300), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_a_training_sample_is_bounded_and_the_same_in_any_order(texts, most, rng):
+    rows, refused = [("", prepare.digest(t.encode()), t) for t in texts], Counter()
+    kept = prepare.sample_texts(rows, most, refused)
+    assert sum(map(len, kept)) <= most or len(kept) == 1
+    assert len(kept) + refused["not in the sample"] == len(texts)
+    if sum(map(len, texts)) <= most:
+        assert len(kept) == len(texts)
+    rng.shuffle(rows)
+    assert prepare.sample_texts(rows, most, Counter()) == kept
+
+
+def test_a_text_without_punctuation_trains_in_linear_time():
+    text = "".join(random.Random(0).choices("的一是在不了有和人这中大为上个国", k=400_000))
+    assert train_bytebpe([text], 400).n_ids == 400  # minutes, if it were one word
+
+
+# ---- accidents ----
+
+def test_one_compressed_file_gives_the_same_set_for_any_number_of_workers(here, tokenizer):
+    lines = "".join(json.dumps({"text": f"{TEXT * 9}{i}"}) + "\n" for i in range(3000)).encode()
+    results = []
+    for name, compress, workers in (("a.jsonl", bytes, 1), ("a.jsonl.xz", lzma.compress, 2),
+                                    ("a.jsonl.bz2", bz2.compress, 8)):
+        (here / name).write_bytes(compress(lines))
+        done = run(here, "prepare.py", "text", name, tokenizer, "--name=x", f"--workers={workers}")
+        assert done.returncode == 0, done.stderr
+        results.append({p.name: p.read_bytes() for p in (here / "data" / "x").iterdir()
+                        if p.name != "meta.json"})
+    assert results[0] == results[1] == results[2]
+
+
+def test_preparing_that_was_killed_leaves_nothing_to_read_and_starts_over(here, tokenizer):
+    write_corpus(here / "a.jsonl", 200, "旧")
+    words = ["text", "a.jsonl", tokenizer, "--name=x", "--workers=1"]
+    prepare.main(words)
+    want = {p.name: p.read_bytes() for p in (here / "data/x").iterdir() if p.name != "meta.json"}
+    (here / "data/x/meta.json").unlink()
+    os.mkfifo("b.jsonl")  # a file that comes slowly
+    process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), "text", "b.jsonl", *words[2:]],
+                               cwd=here, env=ENV, stdout=subprocess.DEVNULL)
+    with open("b.jsonl", "wb") as pipe:
+        pipe.write((json.dumps({"text": TEXT * 9000}) + "\n").encode() * 30)
+        pipe.flush()
+        one_line(run(here, "prepare.py", *words), "being prepared by another process")
+        process.kill()
+        process.wait()
+    with pytest.raises(UserError, match="not prepared"):
+        Bins("x")
+    prepare.main(words)
+    assert want == {p.name: p.read_bytes() for p in (here / "data/x").iterdir()
+                    if p.name != "meta.json"}
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(here, tokenizer):
+    write_corpus(here / "a.jsonl", 9000, "很长")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "prepare.py"), "text", "a.jsonl", tokenizer, "--name=x"],
+        cwd=here, env=ENV, capture_output=True, text=True, encoding="utf-8",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    one_line(done, "File too large")
+    assert not (here / "data" / "x").exists()
+
+
+# ---- the hub ----
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves one file, breaks off halfway the first time, and then is gone until .gone is False."""
+    protocol_version, body, gone, ranges = "HTTP/1.1", b"", False, []
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.reply(0)
+
+    def reply(self, start):
+        self.send_response(206 if "Range" in self.headers else 200)
+        for name, value in (("ETag", f'"{hashlib.sha256(self.body).hexdigest()}"'),
+                            ("X-Repo-Commit", "a" * 40), ("Content-Length", len(self.body) - start)):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self):
+        if "resolve" not in self.path or Hub.gone:
+            return self.send_error(404 if "resolve" not in self.path else 503)
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        Hub.ranges.append(start)
+        self.reply(start)
+        if start:
+            return self.wfile.write(self.body[start:])
+        self.wfile.write(self.body[:len(self.body) // 2])
+        self.wfile.flush()
+        Hub.gone, self.close_connection = True, True
+
+
+def test_a_wiki_comes_from_the_hub_and_goes_on_where_it_broke_off(here, tokenizer):
+    Hub.body = json.dumps([{"completion": f"第{i}篇文章，讲的是一件小事。", "source": "wikipedia"}
+                           for i in range(500)], ensure_ascii=False, indent=1).encode()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in ENV.items() if k != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(here / "home")}
+    command = [sys.executable, str(ROOT / "prepare.py"), "wiki", tokenizer]
+    for attempt in (1, 2):
+        done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True,
+                              encoding="utf-8")
+        if attempt == 1:
+            one_line(done, "can't be fetched", "HF_ENDPOINT", "python prepare.py wiki PATH")
+            assert not (here / "data/raw/wiki/wikipedia-cn-20230720-filtered.json").exists()
+            Hub.gone = False
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert Hub.ranges == [0, len(Hub.body) // 2]
+    assert books("wiki")["sources"]["wiki"]["written"] == 500
+    one_line(run(here, "prepare.py", "belle", tokenizer), "can't be fetched", "HF_ENDPOINT")
+
+
+# ---- bad input ----
+
+def account(source, path):
+    """Documents read and their fate, without tokens: no exception, and nothing without a trace."""
+    read, fates = 0, Counter()
+    for doc in SOURCES[source].documents([str(path)]):
+        read += 1
+        fates[doc.reason if isinstance(doc, Dropped) else clean_document(doc, Rules())[1]] += 1
+    assert read == fates.total() and read
+    return fates
+
+
+def mutate(data, rng):
+    """The bytes with one kind of damage."""
+    kind, i = rng.randrange(8), rng.randrange(max(1, len(data)))
+    if kind == 0:
+        return bytes(b ^ (1 << rng.randrange(8)) if rng.random() < 0.001 else b for b in data)
+    if kind == 1:
+        return data[:i]
+    if kind == 2:
+        return data[i:]
+    if kind == 3:
+        return data.decode("utf-8", "ignore").encode(rng.choice(["utf-16", "gb18030", "utf-16-le"]),
+                                                     "ignore")
+    if kind == 4:
+        return data[:i] + rng.choice([b"[", b"{", b'{"a":']) * 100_000 + data[i:]
+    if kind == 5:
+        return data[:i] + rng.randbytes(500) + data[i:]
+    if kind == 6:
+        return data.replace(b"\n", b" ")
+    return data.replace(rng.choice([b'"', b",", b"}", b"<", b"\n", b"]"]), b"")
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
+def test_damaged_samples_never_fail_and_leave_a_trace(here):
+    rng = random.Random(int(os.environ.get("SEED", 0)))
+    samples = sorted(p for p in SAMPLES.rglob("*") if p.is_file())
+    compressors = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+    for _ in range(int(os.environ.get("MUTATIONS", 60))):  # MUTATIONS=2000 for the long run
+        sample = rng.choice(samples)
+        data = sample.read_bytes()
+        data = (bz2.decompress(data) if sample.suffix == ".bz2" else data)[:rng.randrange(10_000, 200_000)]
+        ending, compress = rng.choice(list(compressors.items()))
+        data = compress(mutate(data, rng)) if rng.random() < 0.7 else mutate(compress(data), rng)
+        file = here / f"{sample.name.removesuffix('.bz2')}{ending}"
+        file.write_bytes(data)
+        for source in ("wiki", "thucnews", "text", "chat"):
+            if data:
+                account(source, file)
+        file.unlink()
+
+
+@given(st.binary(min_size=1, max_size=400), st.sampled_from([".txt", ".json", ".jsonl", ".csv", ".xml",
+                                                             ".zip", ".gz", ".jsonl.bz2", ".xz"]))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_read_and_accounted_for(data, ending):
+    import tempfile
+    with tempfile.NamedTemporaryFile(suffix=ending) as file:
+        file.write(data)
+        file.flush()
+        for source in ("wiki", "thucnews", "text", "chat"):
+            list(SOURCES[source].documents([file.name]))
+        list(records(file.name, open(file.name, "rb", buffering=files.HEAD)))
