@@ -24,7 +24,8 @@ max_docs = 0         # documents read of each source; 0 = all
 min_chars = 10       # shorter texts are dropped
 min_chinese = 0.1    # texts with a smaller share of Chinese characters are dropped
 simplify = False     # traditional to simplified characters (pip install opencc)
-near_duplicates = 0.0  # drop texts this similar to an earlier one (0.8, say; pip install datasketch)
+near_duplicates = 0.0  # drop texts as similar as this to an earlier one: 0.8, say (pip install
+#                      datasketch)
 # ---- split and speed ----
 val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.005, demo: 0.05
 workers = 0          # processes that clean and tokenise; 0 = one a core, fewer for little text
@@ -251,7 +252,8 @@ def prepare(jobs, kind, name, tok, cfg):
             split_finer(out, kind, cfg.val_fraction, tok, keeper.splits)
         seconds = time.time() - began
         run = dict(command=" ".join(sys.argv), time=time.strftime("%Y-%m-%d %H:%M:%S"),
-                   seconds=round(seconds, 2), workers=n_workers, tokens_per_second=receipts.speeds())
+                   seconds=round(seconds, 2), workers=n_workers,
+                   tokens_per_second=receipts.speeds())
         settings = {k: getattr(cfg, k) for k in RECORDED} | vars(job.rules)
         out.finish(tok, dict(kind=kind, settings=settings, splits=keeper.splits,
                              sources=receipts.sources, run=run))

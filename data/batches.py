@@ -39,7 +39,7 @@ class Shuffle:
 
 
 class Deck:
-    """Which set of a mixture sample i comes from: cards of each by weight, shuffled, dealt, anew."""
+    """The set of a mixture that sample i comes from: cards by weight, shuffled, dealt, and anew."""
 
     def __init__(self, weights, seed):
         """weights: shares that add up to 1. UserError: one is too small for a card."""

@@ -197,7 +197,7 @@ class Bins:
 
 
 class Mixture:
-    """Several sets of one kind and tokenizer; .parts are [(Bins, weight)], weights adding up to 1."""
+    """Several sets of one kind and tokenizer; .parts: [(Bins, weight)], the weights sum to 1."""
 
     def __init__(self, weights, root="data"):
         total = sum(weights.values())
@@ -206,10 +206,11 @@ class Mixture:
         self.folder, self.kind, self.tokenizer = first.folder, first.kind, first.tokenizer
         for part, _ in self.parts:
             if part.kind != self.kind:
-                raise UserError(f"{part.folder} is a {part.kind} set, {self.folder} a {self.kind} one")
+                raise UserError(f"{part.folder} is a {part.kind} set, {self.folder} a {self.kind} "
+                                "one")
             if part.tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise UserError(f"{part.folder} was made with another tokenizer than {self.folder}. "
-                                f"Prepare it again with --tokenizer={self.folder}")
+                raise UserError(f"{part.folder} was made with another tokenizer than "
+                                f"{self.folder}. Prepare it again with --tokenizer={self.folder}")
 
     def fingerprint(self):
         return " ".join(f"{part.fingerprint()}:{weight:.6f}" for part, weight in self.parts)
@@ -223,8 +224,8 @@ def open_sets(text, root="data"):
     for part in text.split(","):
         match = re.fullmatch(r"([^:]+):(\d*\.?\d+)", part.strip())
         if not match or match[1] in weights or not 0 < float(match[2]) < 1e9:
-            raise UserError(f"dataset={text}: '{part.strip()}' is not one set and its weight. Write "
-                            "wiki:0.7,thucnews:0.3")
+            raise UserError(f"dataset={text}: '{part.strip()}' is not one set and its weight. "
+                            "Write wiki:0.7,thucnews:0.3")
         weights[match[1]] = float(match[2])
     return Mixture(weights, root)
 

@@ -14,8 +14,8 @@ from data.files import MARK
 from data.sources import WikiPage
 
 # control characters, marks of byte and writing order, soft hyphens, halves of characters
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e"
-                     "\u2060-\u2064\ufeff\ufffe\uffff\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f"
+                     "\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff\ud800-\udfff]")
 NEWLINES = ("\r\n", "\r", "\x85", "\u2028", "\u2029")
 # lines of web pages that are no part of their text, looked at only where a hint stands in it
 HINTS = ("编辑", "责编", "来源", "原标题", "相关", "分享到", "一篇", "一页", "版权所有", "转载", "ICP备",

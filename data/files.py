@@ -31,7 +31,7 @@ RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside .arrow shards
 MARK = "\udcff"       # stands where bytes could not be decoded
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError,
-               NotImplementedError, MemoryError)  # what damaged, encrypted and foreign archives raise
+               NotImplementedError, MemoryError)  # of damaged, encrypted and foreign archives
 
 codecs.register_error("mark", lambda error: (MARK, error.end))
 csv.field_size_limit(LONGEST)

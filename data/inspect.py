@@ -40,8 +40,10 @@ def inspect(words, plot):
 
 
 def count_ids(tokens, n_ids):
-    parts = (np.bincount(tokens[i:i + CHUNK], minlength=n_ids) for i in range(0, len(tokens), CHUNK))
-    return sum(parts, start=np.zeros(n_ids, dtype=np.int64))
+    counts = np.zeros(n_ids, dtype=np.int64)
+    for i in range(0, len(tokens), CHUNK):
+        counts += np.bincount(tokens[i:i + CHUNK], minlength=n_ids)
+    return counts
 
 
 def show_sources(meta):
@@ -97,7 +99,8 @@ def show_trained(bins, starts):
     turns = int((tokens[:starts[n]] == tok.im_start).sum())
     share = sum(int(m.sum()) for m in masks) / max(1, int(starts[n]))
     print(f"\ntrained: {share:.1%} of the tokens (answers and their ends), "
-          f"{turns / n:.1f} messages a dialogue, {sum(not m.any() for m in masks):,} dialogues with none")
+          f"{turns / n:.1f} messages a dialogue, "
+          f"{sum(not m.any() for m in masks):,} dialogues with none")
 
 
 # ---- counts ----
@@ -167,7 +170,8 @@ def show_words(texts):
     jieba.setLogLevel("ERROR")
     words = Counter(w for text in texts for w in jieba.cut(text[:MEASURED // 10]) if w.strip())
     longer = [f"{w} {n:,}" for w, n in words.most_common(1000) if len(w) > 1 and w.isalpha()]
-    print(f"words: {words.total():,}, {len(words):,} different; most used: {', '.join(longer[:20])}")
+    print(f"words: {words.total():,}, {len(words):,} different; "
+          f"most used: {', '.join(longer[:20])}")
 
 
 def draw(file, lengths, counts):

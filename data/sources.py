@@ -210,7 +210,8 @@ def from_turns(items, system, where):
     if not isinstance(items, list) or not items:
         return Dropped("no messages", f"{where}: no list of messages")
     messages = list(map(turn, items))
-    if isinstance(system, str) and system.strip() and messages[0] and messages[0]["role"] != "system":
+    first = messages[0] or {}
+    if isinstance(system, str) and system.strip() and first.get("role") != "system":
         messages.insert(0, dict(role="system", content=system))
     return check_messages(messages, where)
 
@@ -224,7 +225,7 @@ def from_instruction(record, where):
             yield pair(with_input(instruction, one), one.get("output"), where)
         return
     parts = re.split(r"(?:^|\n)(Human|Assistant)[:：]", instruction.strip())
-    if len(parts) > 2 and not parts[0].strip() and parts[-2] == "Assistant" and not parts[-1].strip():
+    if len(parts) > 2 and parts[-2] == "Assistant" and not parts[0].strip() + parts[-1].strip():
         messages = [dict(role="user" if who == "Human" else "assistant", content=content)
                     for who, content in zip(parts[1:-2:2], parts[2:-2:2])]
         yield check_messages(
@@ -302,7 +303,8 @@ def answered(question, answers, context, where):
 
 
 def first_text(record, keys):
-    return next((record[k] for k in keys if isinstance(record.get(k), str) and record[k].strip()), "")
+    found = (record[k] for k in keys if isinstance(record.get(k), str) and record[k].strip())
+    return next(found, "")
 
 
 def pair(question, answer, where):
@@ -348,7 +350,8 @@ SOURCES = {
     "wiki": Source("text", read_wiki, (*RECORDS, ".xml", "wiki"),
                    "wiki_zh_2019 (AA/, AB/, ...), a dump (zhwiki-*-pages-articles.xml.bz2) or what "
                    "WikiExtractor made of one",
-                   ("pleisto/wikipedia-cn-20230720-filtered", "wikipedia-cn-20230720-filtered.json")),
+                   ("pleisto/wikipedia-cn-20230720-filtered",
+                    "wikipedia-cn-20230720-filtered.json")),
     "thucnews": Source("text", read_thucnews, (".txt", ".tsv"),
                        "THUCNews' category folders, or files of category<TAB>text lines"),
     "text": Source("text", read_text, (".txt", *RECORDS),
@@ -359,8 +362,8 @@ SOURCES = {
                     "train_0.5M_CN.json or train_3.5M_CN.json",
                     ("BelleGroup/multiturn_chat_0.8M", "multiturn_chat_0.8M.json")),
     "webqa": Source("chat", read_chat, RECORDS, "WebQA's me_train.json and me_validation.ann.json"),
-    "dureader": Source("chat", read_chat, RECORDS, "DuReader's search.train.json, zhidao.train.json, "
-                       "or train.csv with question and answer columns"),
+    "dureader": Source("chat", read_chat, RECORDS, "DuReader's search.train.json and "
+                       "zhidao.train.json, or train.csv with question and answer columns"),
     "alpaca": Source("chat", read_chat, RECORDS, "instruction, input, output in .json or .jsonl"),
     "sharegpt": Source("chat", read_chat, RECORDS, "conversations of human and gpt, or firefly's"),
 }

@@ -15,7 +15,8 @@ HIDDEN_LINKS = ("file", "image", "category", "media", "文件", "檔案", "档�
                 "分类", "分類")
 REDIRECT = re.compile(r"\s*#(?:redirect|重定向|重新導向)", re.I)
 DISAMBIGUATION = re.compile(
-    r"\{\{\s*(?:[\w-]{0,30}disambig[\w-]{0,30}|dab|hndis|geodis|\w{0,30}消歧[义義]\w{0,30})\s*[|}]", re.I)
+    r"\{\{\s*(?:[\w-]{0,30}disambig[\w-]{0,30}|dab|hndis|geodis"
+    r"|\w{0,30}消歧[义義]\w{0,30})\s*[|}]", re.I)
 MAX_DEPTH = 60        # templates in templates; deeper ones are broken markup
 
 # Templates that stand for a word of the sentence: which of their arguments (the first that is

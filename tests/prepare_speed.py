@@ -91,12 +91,14 @@ def main():
                 times[way].append(float(done.stdout.split()[-1]))
         for way, seconds in times.items():
             middle = statistics.median(seconds)
-            print(f"{way:8} {size / 1e6 / middle:6.2f} MB/s  ({', '.join(f'{s:.1f}' for s in seconds)}"
-                  f" s), ours is {middle / statistics.median(times['ours']):.2f} times as fast")
+            ratio = middle / statistics.median(times["ours"])
+            shown = ", ".join(f"{s:.1f}" for s in seconds)
+            print(f"{way:8} {size / 1e6 / middle:6.2f} MB/s  "
+                  f"({shown} s), ours is {ratio:.2f} times as fast")
         bins, docs = Bins("speed", Path(folder) / "data"), {}
         for split in ("train", "val"):
             starts, ids = bins.starts(split), bins.tokens(split)
-            docs |= {ids[a:b].tobytes(): True for a, b in zip(starts, starts[1:])}
+            docs |= {ids[a:b].tobytes(): split for a, b in zip(starts, starts[1:])}
         for way in ("hf", "nanogpt"):
             ids = np.fromfile(Path(folder) / f"{way}.bin", dtype=np.uint32)
             ends = np.flatnonzero(ids == bins.tokenizer.eot) + 1

@@ -122,7 +122,8 @@ def test_a_dump_becomes_the_text_a_reader_sees(here, tokenizer):
     prepare.main(["wiki", str(FIXTURES / "zhwiki.xml"), tokenizer, "--name=x"])
     counts = books("x")["sources"]["wiki"]
     assert counts["read"] == 8 and counts["written"] == 2
-    assert counts["dropped"] == {"redirect": 2, "other namespace": 2, "disambiguation": 1, "empty": 1}
+    assert counts["dropped"] == {"redirect": 2, "other namespace": 2, "disambiguation": 1,
+                                 "empty": 1}
     pages = [clean_document(page, Rules())[0]
              for page in SOURCES["wiki"].documents([str(FIXTURES / "zhwiki.xml")])
              if isinstance(page, WikiPage)]
@@ -174,9 +175,10 @@ def test_encodings_are_told_apart(encoding, here):
 
 def test_compressed_files_are_read_as_they_are(here):
     lines = "".join(json.dumps({"text": f"{TEXT}{i}"}) + "\n" for i in range(3)).encode()
-    for ending, compress in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
-        (here / f"a.jsonl{ending}").write_bytes(compress(lines))
-        assert list(SOURCES["text"].documents([f"a.jsonl{ending}"])) == [f"{TEXT}{i}" for i in range(3)]
+    for name, compress in (("a.jsonl.gz", gzip.compress), ("a.jsonl.bz2", bz2.compress),
+                           ("a.jsonl.xz", lzma.compress)):
+        (here / name).write_bytes(compress(lines))
+        assert list(SOURCES["text"].documents([name])) == [f"{TEXT}{i}" for i in range(3)]
     with zipfile.ZipFile("a.zip", "w") as archive:
         archive.writestr("../../b.jsonl", lines)
         archive.writestr("c/d.jsonl.gz", gzip.compress(lines))
@@ -329,13 +331,15 @@ def write_corpus(file, n, what):
 
 def test_several_sources_make_one_set_in_any_order(here, tokenizer):
     write_corpus(here / "w.jsonl", 60, "百科")
-    (here / "n.txt").write_text("".join(f"体育\t第{i}条新闻，讲的是一场球赛。\n" for i in range(40)), "utf-8")
-    prepare.main(["wiki", "w.jsonl", "thucnews", "n.txt", tokenizer, "--name=zh", "--val_fraction=0.1"])
+    lines = (f"体育\t第{i}条新闻，讲的是一场球赛。\n" for i in range(40))
+    (here / "n.txt").write_text("".join(lines), "utf-8")
+    more = [tokenizer, "--name=zh", "--val_fraction=0.1"]
+    prepare.main(["wiki", "w.jsonl", "thucnews", "n.txt", *more])
     first = {s: Bins("zh").tokens(s).tobytes() for s in ("train", "val")}
     counts = books("zh")["sources"]
     assert (counts["wiki"]["written"], counts["thucnews"]["written"]) == (60, 40)
     assert "第3条新闻，讲的是一场球赛。" in texts("zh")
-    prepare.main(["thucnews", "n.txt", "wiki", "w.jsonl", tokenizer, "--name=zh", "--val_fraction=0.1"])
+    prepare.main(["thucnews", "n.txt", "wiki", "w.jsonl", *more])
     assert first == {s: Bins("zh").tokens(s).tobytes() for s in ("train", "val")}
 
 
@@ -429,8 +433,9 @@ def test_preparing_that_was_killed_leaves_nothing_to_read_and_starts_over(here, 
     want = {p.name: p.read_bytes() for p in (here / "data/x").iterdir() if p.name != "meta.json"}
     (here / "data/x/meta.json").unlink()
     os.mkfifo("b.jsonl")  # a file that comes slowly
-    process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), "text", "b.jsonl", *words[2:]],
-                               cwd=here, env=ENV, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "prepare.py"), "text", "b.jsonl", *words[2:]],
+        cwd=here, env=ENV, stdout=subprocess.DEVNULL)
     with open("b.jsonl", "wb") as pipe:
         pipe.write((json.dumps({"text": TEXT * 9000}) + "\n").encode() * 30)
         pipe.flush()
@@ -468,8 +473,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def reply(self, start):
         self.send_response(206 if "Range" in self.headers else 200)
-        for name, value in (("ETag", f'"{hashlib.sha256(self.body).hexdigest()}"'),
-                            ("X-Repo-Commit", "a" * 40), ("Content-Length", len(self.body) - start)):
+        etag = hashlib.sha256(self.body).hexdigest()
+        for name, value in (("ETag", f'"{etag}"'), ("X-Repo-Commit", "a" * 40),
+                            ("Content-Length", len(self.body) - start)):
             self.send_header(name, value)
         self.end_headers()
 
@@ -549,7 +555,8 @@ def test_damaged_samples_never_fail_and_leave_a_trace(here):
     for _ in range(int(os.environ.get("MUTATIONS", 60))):  # MUTATIONS=2000 for the long run
         sample = rng.choice(samples)
         data = sample.read_bytes()
-        data = (bz2.decompress(data) if sample.suffix == ".bz2" else data)[:rng.randrange(10_000, 200_000)]
+        data = bz2.decompress(data) if sample.suffix == ".bz2" else data
+        data = data[:rng.randrange(10_000, 200_000)]
         ending, compress = rng.choice(list(compressors.items()))
         data = compress(mutate(data, rng)) if rng.random() < 0.7 else mutate(compress(data), rng)
         file = here / f"{sample.name.removesuffix('.bz2')}{ending}"
@@ -560,8 +567,18 @@ def test_damaged_samples_never_fail_and_leave_a_trace(here):
         file.unlink()
 
 
-@given(st.binary(min_size=1, max_size=400), st.sampled_from([".txt", ".json", ".jsonl", ".csv", ".xml",
-                                                             ".zip", ".gz", ".jsonl.bz2", ".xz"]))
+@given(st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_every_line_that_is_not_blank_is_a_document_or_its_loss(lines):
+    text = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), "utf-8", errors="mark", newline="\n")
+    found = [where for where, _ in files.json_lines("x", text)]
+    blank = [not line.replace(b"\xef\xbb\xbf", b"").strip(b" \t\r") for line in lines]
+    want = [f"x:{i}" for i, empty in enumerate(blank, 1) if not empty]
+    assert found == want
+
+
+@given(st.binary(min_size=1, max_size=400), st.sampled_from(
+    [".txt", ".json", ".jsonl", ".csv", ".xml", ".zip", ".gz", ".jsonl.bz2", ".xz"]))
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_read_and_accounted_for(data, ending):
     import tempfile

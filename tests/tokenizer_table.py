@@ -1,7 +1,8 @@
 """The README's table of vocabularies: python tests/tokenizer_table.py
 
-Own tokenizers of three sizes, trained on ../shared/corpora/zh_60mb by prepare.py, and Qwen's, on the
-held-out text beside it: characters per token, and what the vocabulary costs at 768 wide, 12 layers.
+Own tokenizers of three sizes, trained on ../shared/corpora/zh_60mb by prepare.py, and Qwen's, on
+the held-out text beside it: characters per token, and what the vocabulary costs at 768 wide, 12
+layers.
 """
 import json
 import lzma
@@ -37,8 +38,10 @@ def main():
             per_token = chars / sum(len(tok.encode(text)) for text in texts)
             rows = -(-tok.n_ids // 128) * 128
             flops = 6 * (body + rows * N_EMBD) / per_token  # forward and backward, head included
-            print(f"| {size or tok.n_ids:,} {'own' if size else 'Qwen'} | {per_token:.3f} "
-                  f"| {rows * N_EMBD / 1e6:.1f} | {ROWS * rows * 4 / 1e6:.0f} | {flops / 1e6:.0f} |")
+            cells = (f"{size or tok.n_ids:,}{'' if size else ' (Qwen)'}", f"{per_token:.3f}",
+                     f"{rows * N_EMBD / 1e6:.1f}", f"{ROWS * rows * 4 / 1e6:.0f}",
+                     f"{flops / 1e6:.0f}")
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
