@@ -112,8 +112,6 @@ def read(jobs, cfg):
     for source, files in jobs:
         chat = SOURCES[source].kind == "chat"
         options = dict(evidence=cfg.evidence) if chat else dict(field=cfg.field)
-        if source == "thucnews":
-            options = {}
         documents = SOURCES[source].documents(files, **options)
         for doc in itertools.islice(documents, cfg.max_docs or None):
             yield source, doc

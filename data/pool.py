@@ -1,6 +1,8 @@
 """A function over many batches, in several processes, in order."""
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,7 +37,14 @@ def map_batches(function, batches, job, n_workers):
 def _start(function, job):
     global _task
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _task = function, job
+
+
+def _end_with_parent():
+    """A parent that is killed can't end its workers, and they would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(batch):

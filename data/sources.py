@@ -135,7 +135,8 @@ def doc_blocks(name, text):
 
 
 def read_thucnews(name, stream, field=""):
-    """A document a file, or a line: category<TAB>text, or title<TAB>number of a class."""
+    """A document a file, or a line: category<TAB>text, or title<TAB>number of a class. There are no
+    fields to choose from."""
     if b"\t" not in stream.peek(HEAD)[:HEAD].partition(b"\n")[0]:
         yield from text_parts(stream)
         return

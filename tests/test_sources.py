@@ -12,8 +12,10 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import ENV, ROOT, SHARED, one_line, run
@@ -426,6 +428,13 @@ def test_one_compressed_file_gives_the_same_set_for_any_number_of_workers(here, 
     assert results[0] == results[1] == results[2]
 
 
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_preparing_that_was_killed_leaves_nothing_to_read_and_starts_over(here, tokenizer):
     write_corpus(here / "a.jsonl", 200, "旧")
     words = ["text", "a.jsonl", tokenizer, "--name=x", "--workers=1"]
@@ -434,14 +443,19 @@ def test_preparing_that_was_killed_leaves_nothing_to_read_and_starts_over(here, 
     (here / "data/x/meta.json").unlink()
     os.mkfifo("b.jsonl")  # a file that comes slowly
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "prepare.py"), "text", "b.jsonl", *words[2:]],
+        [sys.executable, str(ROOT / "prepare.py"), "text", "b.jsonl", *words[2:-1], "--workers=2"],
         cwd=here, env=ENV, stdout=subprocess.DEVNULL)
     with open("b.jsonl", "wb") as pipe:
         pipe.write((json.dumps({"text": TEXT * 9000}) + "\n").encode() * 30)
         pipe.flush()
         one_line(run(here, "prepare.py", *words), "being prepared by another process")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = children.read_text().split() if children.exists() else []
         process.kill()
         process.wait()
+    deadline = time.monotonic() + 60
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "workers outlive a parent that was killed"
     with pytest.raises(UserError, match="not prepared"):
         Bins("x")
     prepare.main(words)
