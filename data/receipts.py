@@ -15,7 +15,7 @@ class Receipts:
     def __init__(self, jobs):
         self.sources = {source: dict(
             files=len(files), read=0, written=0, dropped=Counter(), trimmed=Counter(),
-            characters=0, bytes=0, tokens=0) for source, files in jobs}
+            characters=0, bytes=0, tokens=0, characters_per_token=0.0) for source, files in jobs}
         self.seconds, self.mark = Counter(), time.time()
 
     def drop(self, source, reason, where=""):
@@ -33,6 +33,7 @@ class Receipts:
                        ("bytes", n_bytes)):
             counts[key] += n
         counts["trimmed"] += trimmed
+        counts["characters_per_token"] = round(counts["characters"] / counts["tokens"], 4)
 
     def lap(self, source):
         """The time since the last call went into this source."""
@@ -52,8 +53,7 @@ class Receipts:
         rows, speeds = [("source", *COLUMNS, "chars/token", "tokens/s")], self.speeds()
         for source, c in self.sources.items():
             counts = [c[k].total() if k == "dropped" else c[k] for k in COLUMNS]
-            per_token = f"{c['characters'] / max(1, c['tokens']):.2f}"
-            rows.append((source, *counts, per_token, speeds[source]))
+            rows.append((source, *counts, f"{c['characters_per_token']:.2f}", speeds[source]))
         print_table(rows)
         for source, c in self.sources.items():
             for what in ("dropped", "trimmed"):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ENV, ROOT, SHARED, one_line, run
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare
@@ -529,6 +529,29 @@ def test_a_wiki_comes_from_the_hub_and_goes_on_where_it_broke_off(here, tokenize
 
 
 # ---- bad input ----
+
+LINES = st.one_of(
+    st.integers(0, 30).map(lambda i: json.dumps({"text": f"第{i}篇文章，讲的是一件小事。"}).encode()),
+    st.sampled_from([b'{"text": "\xe7\x9f\xad"}', b'{"text": "an English text only"}', b"{broken", b"[]",
+                     b'{"text": "\xff\xfe"}', b'{"body": 3}', b'""', b"  ", b'{"text": " \\u0000"}']),
+    st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")))
+
+
+@given(st.lists(LINES, max_size=60), st.sampled_from([1.0, 0.5]))
+@settings(max_examples=40, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_documents_read_are_those_written_and_those_dropped(here, tokenizer, lines, sample):
+    good = [f"第{i}篇文章，讲的是一件小事。" for i in range(60, 160)]
+    lines = [json.dumps({"text": t}).encode() for t in good] + lines
+    (here / "a.jsonl").write_bytes(b"\n".join(lines))
+    prepare.main(["text", "a.jsonl", tokenizer, "--name=x", "--val_fraction=0.2",
+                  f"--sample={sample}"])
+    counts = books("x")["sources"]["text"]
+    blank = sum(not line.replace(b"\xef\xbb\xbf", b"").strip(b" \t\r") for line in lines)
+    assert counts["read"] == len(lines) - blank
+    assert len(texts("x")) == len(set(texts("x"))) == counts["written"]
+    assert sample < 1 or set(good) <= set(texts("x"))
+
 
 def account(source, path):
     """Documents read and their fate, without tokens: no exception, and nothing without a trace."""
