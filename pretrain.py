@@ -4,7 +4,7 @@
     python pretrain.py config/pretrain_zh.py --batch_size=8
     torchrun --nproc_per_node=8 pretrain.py config/pretrain_zh.py
 
-The same command, started again, goes on from the newest checkpoint.
+The same command, started again, goes on from the newest checkpoint. Ctrl-C saves one first.
 """
 # ---- run ----
 out_dir = "out/pretrain"  # checkpoints, log.jsonl, best/ and final/ go there
@@ -51,7 +51,9 @@ compile = False           # torch.compile: worth its minute on a GPU
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -109,10 +111,11 @@ def set_up_machine(cfg):
     if cfg.gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} can't be "
                         f"shared equally by {world} processes")
+    cpu_group = dist.new_group(backend="gloo") if world > 1 else None  # for what no GPU need wait
     dtype = choose_dtype(cfg.dtype, device.type)
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked of a GPU
     return SimpleNamespace(
-        device=device, dtype=dtype, rank=rank, world=world, main=rank == 0,
+        device=device, dtype=dtype, rank=rank, world=world, main=rank == 0, cpu_group=cpu_group,
         autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32))
 
 
@@ -139,6 +142,36 @@ def to_device(tensor, device):
 
 # ---- the loop ----
 
+class StopWish:
+    """Ctrl-C and SIGTERM, which the loop grants where nothing is lost by it; a second one ends the
+    process at once."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def agreed(self, machine):
+        """Whether any process has it; all processes ask together, and stop together."""
+        if machine.world == 1:
+            return self.signal
+        wish = torch.tensor(self.signal)
+        dist.all_reduce(wish, dist.ReduceOp.MAX, group=machine.cpu_group)
+        self.signal = int(wish)
+        return self.signal
+
+
 class Trainer:
     """Trains model on data from where checkpoint (a dict, or None) left off; see train()."""
 
@@ -155,6 +188,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(machine.device.type,
                                            enabled=machine.dtype == torch.float16)
         self.step, self.best, self.losses, self.resumed_at = 0, math.inf, [], -1
+        self.stop = StopWish()
         if checkpoint:
             self.restore(checkpoint)
 
@@ -171,6 +205,10 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint["scaler"])
 
     def run(self):
+        with self.stop:
+            self.loop()
+
+    def loop(self):
         cfg = self.cfg
         self.start_files()
         self.mark, self.seconds, self.timed = time.time(), 0.0, 0
@@ -183,19 +221,34 @@ class Trainer:
                     self.save_checkpoint()
             if done:
                 return self.finish()
-            loss, self.norm = self.train_step()
+            result = None if self.stop.agreed(self.machine) else self.train_step()
+            if result is None:
+                return self.leave()
+            loss, self.norm = result
             self.step += 1
             self.timed += 1
             self.losses.append(loss)
             if self.step % cfg.log_interval == 0 or self.step == cfg.max_iters:
                 self.log_training()
 
+    def leave(self):
+        """Save where the run stands, say how it goes on, and end as the signal asks for."""
+        if self.step != self.resumed_at and self.step:
+            self.save_checkpoint()
+        if self.machine.world > 1:
+            dist.destroy_process_group()
+        print(f"stopped at step {self.step:,}. Go on with:  python {shlex.join(sys.argv)}")
+        sys.exit(128 + self.stop.signal)
+
     def train_step(self):
-        """One optimizer step -> its mean loss and gradient norm, as tensors."""
+        """One optimizer step -> its mean loss and gradient norm, as tensors; None where a lone
+        process was asked to stop, before anything has changed."""
         cfg, m = self.cfg, self.machine
         n, total = self.data.n_trained(self.step), torch.zeros((), device=m.device)
         micros = range(m.rank, cfg.gradient_accumulation_steps, m.world)
         for micro in micros:
+            if self.stop.signal and m.world == 1:
+                return self.model.zero_grad(set_to_none=True)
             batch = [to_device(t, m.device) for t in self.data.batch(self.step, micro)]
             # dropout is a function of (seed, step, micro-batch), so no random state need be saved
             torch.manual_seed(((cfg.seed * 1_000_003 + self.step) * 1_000_003 + micro) % 2**63)

@@ -1,7 +1,9 @@
 """The laws of the road: training that resumes exactly, fine-tuning, sampling, plain refusals."""
 import json
 import math
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -81,6 +83,37 @@ def test_a_run_killed_three_times_ends_with_the_same_weights(optimizer, place):
     assert "going on from" in train(place, words[0], "--out_dir=out/b").stdout
     assert weights(place / "out/a") == weights(place / "out/b")
     assert curve(place / "out/a") == curve(place / "out/b")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_exactly(number, code, place):
+    train(place, "--out_dir=out/a", "--checkpoint_interval=100")
+    words = [*TINY, "--out_dir=out/b", "--checkpoint_interval=100"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), *words], cwd=place,
+                               env=ENV, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    assert any(line.startswith("step 8/") for line in process.stdout)
+    process.send_signal(number)
+    said = process.communicate()[0]
+    assert process.returncode == code and "stopped at step" in said, said
+    assert shlex.split(said.partition("Go on with:  python ")[2])[1:] == words
+    (saved,) = pretrain.checkpoint_files(place / "out/b")
+    assert "going on from" in train(place, *words[-2:]).stdout and int(saved.stem[10:]) >= 8
+    assert weights(place / "out/a") == weights(place / "out/b")
+    assert curve(place / "out/a") == curve(place / "out/b")
+
+
+def test_two_processes_stop_together(place):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(ROOT / "pretrain.py"), *TINY, "--dropout=0", "--max_iters=100000", "--out_dir=out/two",
+         "--checkpoint_interval=100000"], cwd=place, env=ENV, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+    assert any(line.startswith("step 4/") for line in process.stdout)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it to both
+    said = process.communicate(timeout=120)[0]
+    assert "stopped at step" in said
+    (saved,) = pretrain.checkpoint_files(place / "out/two")
+    assert torch.load(saved, weights_only=True)["step"] == int(saved.stem[10:])
 
 
 def test_a_checkpoint_cut_short_gives_way_to_the_one_before(place):
