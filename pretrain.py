@@ -69,7 +69,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, configure, run_main
 from data.batches import TextData, tokens_per_step
-from data.bins import open_sets, replace_folder, write_file
+from data.bins import open_sets, replace_folder
+from data.files import write_file
 from data.tokenizer import load_tokenizer
 from gpt import GPT, GPTConfig
 

@@ -16,23 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
+from data.files import write_file
 from data.tokenizer import Tokenizer
 
 VERSION = 1
 SPLITS = ("train", "val")
-
-
-def write_file(path, content):
-    """Write str or bytes whole or not at all: beside, fsync, rename."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def id_dtype(n_ids):
@@ -40,41 +28,42 @@ def id_dtype(n_ids):
     return np.dtype("<u2" if n_ids <= 2**16 else "<u4")
 
 
-def lock(file, folder):
-    """Refuse to write what another process is writing; its lock ends with it, however it ends."""
+def lock(path, folder):
+    """An open file that no other process gets while this one lives; UserError if one has it."""
+    file = open(path, "wb")
     try:
         import fcntl
-    except ImportError:  # Windows lets no second process replace an open file
-        return
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows lets no second process replace the files this one has open
+        pass
     except BlockingIOError as e:
         file.close()
         raise UserError(f"{folder} is being prepared by another process") from e
+    return file
 
 
 class BinWriter:
-    """Writes one prepared set; nothing of it can be read before finish().
+    """Writes one prepared set: all of it into <folder>/.part/, which finish() empties into place.
 
     with BinWriter(folder, n_ids) as out: out.add("train", ids); ...; out.finish(tokenizer, meta)
     """
 
     def __init__(self, folder, n_ids):
         self.folder, self.n_ids, self.dtype = Path(folder), n_ids, id_dtype(n_ids)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.files = {s: open(self.folder / f"{s}.bin.part", "a+b") for s in SPLITS}
-        lock(self.files["train"], self.folder)
+        self.part = self.folder / ".part"
+        self.part.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.part / "lock", self.folder)
+        self.files = {s: open(self.part / f"{s}.bin", "w+b") for s in SPLITS}
         self.restart()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        for split, file in self.files.items():
+        for file in (*self.files.values(), self.lock):
             with suppress(OSError):  # on a full disk closing fails too
                 file.close()
-            for kind in ("bin", "idx"):
-                (self.folder / f"{split}.{kind}.part").unlink(missing_ok=True)
+        shutil.rmtree(self.part, ignore_errors=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -97,14 +86,15 @@ class BinWriter:
     def documents(self, split):
         """The documents written so far, as arrays."""
         self.files[split].flush()
-        tokens = np.fromfile(self.folder / f"{split}.bin.part", dtype=self.dtype)
+        tokens = np.fromfile(self.part / f"{split}.bin", dtype=self.dtype)
         ends = self.starts[split][1:]
         return np.split(tokens, np.array(ends, dtype=np.int64))[:len(ends)]
 
     def restart(self):
         """Forget every document, to write them anew."""
         for split in SPLITS:
-            self.files[split].truncate(0)
+            self.files[split].seek(0)
+            self.files[split].truncate()
         self.starts = {s: array("Q", [0]) for s in SPLITS}  # 8 bytes a document
         self.hashes = {s: hashlib.sha256() for s in SPLITS}
 
@@ -114,7 +104,7 @@ class BinWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()  # Windows renames no open file
-            write_file(self.folder / f"{split}.idx.part",
+            write_file(self.part / f"{split}.idx",
                        np.array(self.starts[split], dtype="<u8").tobytes())
             meta["splits"][split] |= dict(documents=self.n_docs(split),
                                           tokens=self.starts[split][-1],
@@ -122,12 +112,12 @@ class BinWriter:
         meta |= dict(version=VERSION, dtype=self.dtype.name, n_ids=self.n_ids,
                      tokenizer=tokenizer.fingerprint,
                      special_ids=dict(sorted(tokenizer.specials.items(), key=lambda x: x[1])))
+        tokenizer.save(self.part, chat=meta["kind"] == "chat")
+        write_file(self.part / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
         (self.folder / "meta.json").unlink(missing_ok=True)
-        tokenizer.save(self.folder, chat=meta["kind"] == "chat")
-        for split in SPLITS:
-            for kind in ("bin", "idx"):
-                os.replace(self.folder / f"{split}.{kind}.part", self.folder / f"{split}.{kind}")
-        write_file(self.folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+        names = sorted(p.name for p in self.part.iterdir() if p.name not in ("lock", "meta.json"))
+        for name in (*names, "meta.json"):
+            os.replace(self.part / name, self.folder / name)
 
 
 class Bins:

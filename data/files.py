@@ -21,6 +21,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from config import UserError
 
@@ -122,6 +123,19 @@ def read_each(files, wanted, read):
 
 def _unreadable(name, error):
     return Dropped("unreadable file", f"{name}: can't be read on ({error or type(error).__name__})")
+
+
+def write_file(path, content):
+    """Write str or bytes whole or not at all: beside, fsync, rename."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---- text ----

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
+from data.files import write_file
 
 QWEN_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -186,8 +187,7 @@ class Tokenizer:
                       eos_token=IM_END if chat else END_OF_TEXT, pad_token=END_OF_TEXT,
                       chat_template=CHAT_TEMPLATE)
         for name, content in (("tokenizer.json", self.spec), ("tokenizer_config.json", config)):
-            (Path(folder) / name).write_text(json.dumps(content, ensure_ascii=False),
-                                             encoding="utf-8")
+            write_file(Path(folder) / name, json.dumps(content, ensure_ascii=False))
 
 
 def train_bytebpe(texts, vocab_size):
