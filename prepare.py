@@ -249,7 +249,8 @@ def prepare(jobs, kind, name, tok, cfg):
         if len(keeper.seen) < MIN_DOCUMENTS or not all(map(out.n_docs, SPLITS)):
             split_finer(out, kind, cfg.val_fraction, tok, keeper.splits)
         seconds = time.time() - began
-        run = dict(command=" ".join(sys.argv), time=time.strftime("%Y-%m-%d %H:%M:%S"),
+        command = " ".join(sys.argv).encode(errors="backslashreplace").decode()
+        run = dict(command=command, time=time.strftime("%Y-%m-%d %H:%M:%S"),
                    seconds=round(seconds, 2), workers=n_workers,
                    tokens_per_second=receipts.speeds())
         settings = {k: getattr(cfg, k) for k in RECORDED} | vars(job.rules)
@@ -353,6 +354,9 @@ def prepare_tokenizer(words, cfg):
     if not words:
         raise UserError("name the texts: python prepare.py tokenizer PATH ... --vocab_size=16384")
     folder = Path("data") / (cfg.name or "tokenizer")
+    if (folder / "meta.json").exists():
+        raise UserError(f"{folder} is a prepared set, with the tokenizer that made it. Choose "
+                        "another --name")
     tok = make_tokenizer("bytebpe", choose_jobs(words, "text"), cfg)
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(folder)
@@ -378,7 +382,9 @@ def check_settings(cfg):
             raise UserError(f"{name}={getattr(cfg, name)} is not a share between 0 and 1")
     if not 0 < cfg.sample <= 1:
         raise UserError(f"sample={cfg.sample} is not a share: more than 0, at most 1")
-    for name in ("workers", "max_docs", "min_chars", "vocab_size"):
+    if not 0 <= cfg.workers <= 256:
+        raise UserError(f"workers={cfg.workers} must be between 0 and 256")
+    for name in ("max_docs", "min_chars", "vocab_size"):
         if not 0 <= getattr(cfg, name) < 2**31:
             raise UserError(f"{name}={getattr(cfg, name)} must be 0 or more")
     if cfg.name in (".", "..", "raw") or Path(cfg.name).name != cfg.name:

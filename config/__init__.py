@@ -43,7 +43,7 @@ def run_main(main, script):
 
 
 def _fail(name, message, code):
-    print(f"{name}: {message}", file=sys.stderr)
+    print(f"{name}: {' '.join(str(message).splitlines())}", file=sys.stderr)
     return code
 
 

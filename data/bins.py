@@ -140,8 +140,11 @@ class Bins:
             for s in SPLITS:
                 if min(*sizes[s], splits[s]["bytes"], splits[s]["characters"]) < 1:
                     raise ValueError(f"{s} is empty")
-            self.fingerprint()
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            for c in self.meta["sources"].values():
+                c["read"] + c["written"] + sum(c["dropped"].values())
+            self.fingerprint(), self.meta["tokenizer"][:8], self.meta["n_ids"] + 1
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
+                RecursionError) as e:
             raise self._bad(f"meta.json can't be read ({type(e).__name__}: {e})") from e
         if version != VERSION:
             raise self._bad(f"format {version}, this program reads {VERSION}")
@@ -212,7 +215,7 @@ def open_sets(text, root="data"):
         return Bins(text, root)
     weights = {}
     for part in text.split(","):
-        match = re.fullmatch(r"([^:]+):(\d*\.?\d+)", part.strip())
+        match = re.fullmatch(r"([^:/]+):([0-9]*\.?[0-9]+)", part.strip())
         if not match or match[1] in weights or not 0 < float(match[2]) < 1e9:
             raise UserError(f"dataset={text}: '{part.strip()}' is not one set and its weight. "
                             "Write wiki:0.7,thucnews:0.3")

@@ -30,10 +30,16 @@ HEAD = 2**20          # bytes by which a file's encoding and form are known
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside .arrow shards
+ROWS = 16             # rows of a table converted at once
 MARK = "\udcff"       # stands where bytes could not be decoded
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError,
-               NotImplementedError, MemoryError)  # of damaged, encrypted and foreign archives
+               NotImplementedError, MemoryError, UnicodeError)  # of damaged and foreign archives
 
+# the 3,755 commonest Han characters (level 1 of GB 2312), ASCII, and full-width marks
+COMMON = {bytes((high, low)).decode("gb2312", "ignore") for high in range(0xB0, 0xD8)
+          for low in range(0xA1, 0xFF)} | set(map(chr, (*range(9, 14), *range(32, 127),
+                                                        *range(0x2010, 0x2027), *range(0x3000, 0x3012),
+                                                        *range(0xFF01, 0xFF5F)))) - {""}
 codecs.register_error("mark", lambda error: (MARK, error.end))
 csv.field_size_limit(LONGEST)
 
@@ -48,7 +54,7 @@ class Dropped:
 def suffix(name):
     """The ending that says what a file holds, in lower case: .jsonl of x.JSONL.gz."""
     stem, end = os.path.splitext(str(name))
-    return (os.path.splitext(stem)[1] if end in OPENERS else end).lower()
+    return (os.path.splitext(stem)[1] if end.lower() in OPENERS else end).lower()
 
 
 def find_files(paths, wanted):
@@ -95,16 +101,56 @@ def open_files(path, wanted):
         yield path, lambda: _buffered(path, open(path, "rb"))
         return
     with zipfile.ZipFile(path) as archive:
-        for info in sorted(archive.infolist(), key=lambda info: info.filename):
-            if wanted(os.path.basename(info.filename)):  # a folder has no basename
-                yield (f"{path}/{info.filename}",
-                       lambda info=info: _buffered(info.filename, archive.open(info)))
+        members = [m for m in archive.infolist() if not m.is_dir() and not _hidden(m.filename)]
+        taken = [m for m in members if wanted(m.filename) or suffix(m.filename) == ".zip"]
+        if len(taken) < len(members):
+            print(f"left aside: {len(members) - len(taken):,} files of another kind in {path}")
+        for member in sorted(taken, key=lambda m: m.filename):
+            yield (f"{path}/{member.filename}",
+                   lambda m=member: _buffered(m.filename, archive.open(m)))
+
+
+def _hidden(name):
+    return any(part[:1] == "." and part.strip(".") or part == "__MACOSX"
+               for part in name.split("/"))
+
+
+class Salvage(io.RawIOBase):
+    """A stream whose error comes only after all that can be read before it."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        n = 0
+        while n < len(buffer) and not self.error:
+            try:
+                data = self.file.read1(len(buffer) - n)
+            except READ_ERRORS as e:
+                self.error = e
+                break
+            if not data:
+                break
+            buffer[n:n + len(data)] = data
+            n += len(data)
+        if self.error and not n:
+            raise self.error
+        return n
+
+    def close(self):
+        self.file.close()
+        super().close()
 
 
 def _buffered(name, raw):
     """A stream that can peek(HEAD), decompressed; closing it closes raw."""
-    opener = OPENERS.get(os.path.splitext(name)[1])
-    return io.BufferedReader(opener(raw, "rb") if opener else raw, HEAD)
+    end = os.path.splitext(name)[1].lower()
+    if end == ".zip":
+        raise zipfile.BadZipFile("a .zip in a .zip: unpack it first")
+    return io.BufferedReader(Salvage(OPENERS[end](raw, "rb")) if end in OPENERS else raw, HEAD)
 
 
 def read_each(files, wanted, read):
@@ -141,24 +187,34 @@ def write_file(path, content):
 # ---- text ----
 
 def encoding_of(head):
-    """The encoding of a file that begins with these bytes: UTF-8 unless they say otherwise.
+    """The encoding of a file that begins with these bytes.
 
-    UTF-16 has a byte order mark, or zeros and makes sense; GB18030 is not valid as UTF-8.
+    A byte order mark tells, and what is valid UTF-8 without a zero is that. Else it is the one of
+    four in which most of it is common Chinese or ASCII; UTF-8 if that decides nothing.
     """
     for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
                        (codecs.BOM_UTF16_BE, "utf-16")):
         if head.startswith(mark):
             return name
-    if 200 * head.count(0) > len(head):  # of every newline, and of U+4E00, "one"
-        return max("utf-16-le", "utf-16-be", key=lambda e: _sense(head[:4000].decode(e, "replace")))
-    broken = head.decode("utf-8", "replace").count("\ufffd")
-    foreign = len(head) - len(head.translate(None, bytes(range(128, 256))))
-    return "gb18030" if 5 * broken > foreign else "utf-8"
+    try:  # the last character may be cut where more follows
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < HEAD)
+        if b"\0" not in head:
+            return "utf-8"
+    except UnicodeDecodeError:
+        pass
+    return max(("utf-8", "gb18030", "utf-16-le", "utf-16-be"), key=lambda e: _sense(head, e))
 
 
-def _sense(text):
-    """How many of the characters are those of Chinese text: Han, ASCII, full-width forms."""
-    return len(re.findall("[\u4e00-\u9fff\x09-\x7e\u3000-\u303f\uff00-\uff65]", text))
+def _sense(head, encoding):
+    """Share of the characters that Chinese text is made of."""
+    text = head.decode(encoding, "mark")
+    return sum(map(COMMON.__contains__, text)) / max(1, len(text))
+
+
+def head_of(stream):
+    """The beginning of a stream as text, without reading it."""
+    head = stream.peek(HEAD)[:HEAD]
+    return head.decode(encoding_of(head), "ignore").removeprefix("\ufeff")
 
 
 def decoded(stream, newline="\n"):
@@ -192,16 +248,27 @@ def records(name, stream):
         yield from arrow_rows(name, stream, kind)
     elif kind in (".csv", ".tsv"):
         yield from csv_rows(name, decoded(stream, newline=""), "\t" if kind == ".tsv" else ",")
-    elif kind == ".jsonl" or _first_line_is_whole(stream):
+    elif kind == ".jsonl" or _is_json_lines(head_of(stream)):
         yield from json_lines(name, decoded(stream))
     else:
         yield from json_values(name, decoded(stream))
 
 
-def _first_line_is_whole(stream):
-    head = stream.peek(HEAD)[:HEAD]
-    first = head.decode(encoding_of(head), "ignore").lstrip().partition("\n")[0].rstrip()
-    return first.startswith("{") and first.endswith("}")
+def _is_json_lines(head):
+    """Whether each line of a .json file is a value: the first or second of several is whole."""
+    first, second = ([line for line in head.split("\n", 20) if line.strip()] + ["", ""])[:2]
+    if not second.strip():
+        return False
+    if first.lstrip()[:1] == "[":
+        return _is_value(first) and second.lstrip()[:1] == "["
+    return first.lstrip()[:1] == "{" and (_is_value(first) or _is_value(second))
+
+
+def _is_value(line):
+    try:
+        return isinstance(json.loads(line), (dict, list))
+    except (ValueError, RecursionError):
+        return False
 
 
 def json_lines(name, text):
@@ -225,17 +292,29 @@ def _not_json(where, error, more=""):
     return Dropped("not JSON", f"{where}: not JSON ({what}){more}")
 
 
+class TooLong(ValueError):
+    pass
+
+
 class JsonCursor:
     """Walks over JSON text of any length, one value at a time."""
     blanks, decoder = re.compile(r"[ \t\r\n\ufeff]*"), json.JSONDecoder()
 
     def __init__(self, text):
-        self.text, self.buffer, self.at, self.line, self.ended = text, "", 0, 1, False
+        self.text, self.buffer, self.ended = text, "", False
+        self.at = self.counted = 0  # places in the buffer: the next character; lines so far
+        self.line = 1
+
+    def row(self):
+        """Number of the line it stands in."""
+        self.line += self.buffer.count("\n", self.counted, self.at)
+        self.counted = self.at
+        return self.line
 
     def fill(self):
         """Forget what was passed and read as much as is left, or HEAD if that is more."""
-        self.line += self.buffer.count("\n", 0, self.at)
-        self.buffer, self.at = self.buffer[self.at:], 0
+        self.row()
+        self.buffer, self.at, self.counted = self.buffer[self.at:], 0, 0
         more = self.text.read(max(HEAD, len(self.buffer)))
         self.buffer, self.ended = self.buffer + more, not more
 
@@ -254,7 +333,7 @@ class JsonCursor:
         return here
 
     def value(self):
-        """The next value. ValueError: none, or longer than LONGEST."""
+        """The next value. TooLong, or another ValueError: it is none, or does not end."""
         self.peek()
         while True:
             try:
@@ -266,12 +345,8 @@ class JsonCursor:
                 if self.ended:
                     raise ValueError(e.msg) from e
             if len(self.buffer) - self.at > LONGEST:
-                raise ValueError(f"no value ends within {LONGEST:,} characters")
+                raise TooLong(f"no value ends within {LONGEST:,} characters")
             self.fill()
-
-    def row(self):
-        """Number of the line it stands in."""
-        return self.line + self.buffer.count("\n", 0, self.at)
 
     def elements(self):
         """The values of the array that comes next."""
@@ -281,49 +356,48 @@ class JsonCursor:
             if not self.take(",") and self.peek() != "]":
                 raise ValueError("the array does not end, or lacks a comma")
 
-    def object_ends_soon(self):
-        """Whether the object that comes next is whole within the next HEAD characters."""
-        if len(self.buffer) - self.at < HEAD:
-            self.fill()
-        try:
-            self.decoder.raw_decode(self.buffer, self.at)
-        except json.JSONDecodeError:
-            return self.ended  # then value() says what is wrong
-        return True
-
     def members(self):
-        """The lists and objects in the object that comes next, but under 'data' (SQuAD's files)
-        the elements of its list."""
+        """What the object that comes next holds: itself, or if it is huge its members that are
+        objects or lists; and the elements of a list under 'data' (SQuAD's files) in its place."""
+        try:
+            value = self.value()
+            inner = value.get("data")
+            yield from inner if isinstance(inner, list) else [value]
+            return
+        except TooLong as e:
+            found, too_long = 0, e
         self.take("{")
         while not self.take("}"):
             key = self.value()
             if not self.take(":"):
                 raise ValueError("the object lacks a colon")
-            if key == "data" and self.peek() == "[":
-                yield from self.elements()
-            elif isinstance(value := self.value(), (dict, list)):
-                yield value
+            many = key == "data" and self.peek() == "["
+            for value in self.elements() if many else [self.value()]:
+                if many or isinstance(value, (dict, list)):
+                    found += 1
+                    yield value
             if not self.take(",") and self.peek() != "}":
                 raise ValueError("the object does not end, or lacks a comma")
+        if not found:
+            raise too_long
 
 
 def json_values(name, text):
-    """Elements of an array, or values one after the other; a huge object's values one by one."""
+    """Elements of an array, or values one after the other; see members() for objects."""
     cursor = JsonCursor(text)
     try:
         while first := cursor.peek():
-            if first == "[":
-                values = cursor.elements()
-            elif first == "{" and not cursor.object_ends_soon():
-                values = cursor.members()
-            else:
-                values = iter([cursor.value()])
+            values = cursor.elements() if first == "[" else (
+                cursor.members() if first == "{" else [cursor.value()])
             for value in values:
                 yield f"{name}:{cursor.row()}", value
             cursor.take(",")
     except (ValueError, RecursionError) as e:
         where = f"{name}:{cursor.row()}"
-        yield where, _not_json(where, e, "; the rest of the file is not read")
+        if isinstance(e, TooLong):
+            yield where, Dropped("too long", f"{where}: {e}; the rest of the file is not read")
+        else:
+            yield where, _not_json(where, e, "; the rest of the file is not read")
 
 
 def csv_rows(name, text, delimiter):
@@ -339,11 +413,13 @@ def csv_rows(name, text, delimiter):
         except csv.Error as e:
             yield where, Dropped("not CSV", f"{where}: not CSV ({e})")
             continue
+        if not any(row):
+            continue
         if header is None:
             header = [column.strip("\ufeff ") for column in row]
         elif len(row) == len(header):
             yield where, dict(zip(header, row))
-        elif row:
+        else:
             what = f"{len(row)} fields, the header has {len(header)}"
             yield where, Dropped("not CSV", f"{where}: {what}")
 
@@ -358,16 +434,26 @@ def arrow_rows(name, stream, kind):
     number = 0
     try:
         if kind == ".parquet":
-            batches = pa.parquet.ParquetFile(stream).iter_batches(256)
+            batches = pa.parquet.ParquetFile(stream).iter_batches(ROWS)
         elif stream.peek(6)[:6] == b"ARROW1":
             file = pa.ipc.open_file(stream)
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
         else:
             batches = pa.ipc.open_stream(stream)
         for batch in batches:
-            for i in range(0, batch.num_rows, 256):
-                for number, row in enumerate(batch.slice(i, 256).to_pylist(), number + 1):
-                    yield f"{name}: row {number}", row
-    except (pa.ArrowException, UnicodeDecodeError, ValueError) as e:
+            for i in range(0, batch.num_rows, ROWS):
+                for number, row in enumerate(_rows(batch.slice(i, ROWS)), number + 1):
+                    where = f"{name}: row {number}"
+                    yield where, row or Dropped("bad row", f"{where}: can't be converted")
+    except (pa.ArrowException, *READ_ERRORS, ValueError) as e:
         where = f"{name}: row {number + 1}"
         yield where, Dropped("unreadable file", f"{where}: can't be read on ({e})")
+
+
+def _rows(batch):
+    """Rows as dicts; None for one with a value that Python has no form for."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, LookupError):  # text that is none, dates past year 9999
+        return [None] if batch.num_rows == 1 else [
+            row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]

@@ -53,6 +53,6 @@ def copy(request, out, size):
             out.truncate(0)
         with tqdm(total=size, initial=out.tell(), unit="B", unit_scale=True,
                   disable=None) as progress:
-            while out.tell() < size and (chunk := response.read1(2**20)):
+            while out.tell() < size and (chunk := response.read1(min(2**20, size - out.tell()))):
                 out.write(chunk)
                 progress.update(len(chunk))

@@ -42,7 +42,11 @@ def inspect(words, plot):
 def count_ids(tokens, n_ids):
     counts = np.zeros(n_ids, dtype=np.int64)
     for i in range(0, len(tokens), CHUNK):
-        counts += np.bincount(tokens[i:i + CHUNK], minlength=n_ids)
+        some = np.bincount(tokens[i:i + CHUNK], minlength=n_ids)
+        if len(some) > n_ids:
+            raise UserError(f"id {len(some) - 1:,} in a set of {n_ids:,} ids: the bins are damaged. "
+                            "Prepare them again")
+        counts += some
     return counts
 
 
@@ -53,8 +57,9 @@ def show_sources(meta):
         print(f"  {split}: {s['documents']:,} documents, {s['tokens']:,} tokens, "
               f"{s['characters']:,} characters, {s['bytes']:,} bytes")
     for source, c in meta["sources"].items():
+        rate = c.get("tokens", 0) / max(1, c.get("characters", 0))
         print(f"  {source}: {c['written']:,} of {c['read']:,} documents, "
-              f"{c['tokens'] / max(1, c['characters']):.3f} tokens per character")
+              f"{rate:.3f} tokens per character")
 
 
 # ---- documents as tokens ----

@@ -11,9 +11,10 @@ PIECE = 5             # characters
 def signature(text):
     """MinHash of a text's pieces, in the form that travels between processes."""
     from datasketch import LeanMinHash, MinHash
-    pieces = {text[i:i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
+    pieces = list({text[i:i + PIECE] for i in range(max(1, len(text) - PIECE + 1))})
     minhash = MinHash(N_PERMUTATIONS)
-    minhash.update_batch([piece.encode() for piece in pieces])
+    for i in range(0, len(pieces), 10_000):  # it holds N_PERMUTATIONS numbers for each at once
+        minhash.update_batch([piece.encode() for piece in pieces[i:i + 10_000]])
     return LeanMinHash(minhash)
 
 
@@ -23,7 +24,10 @@ class NearDuplicates:
             from datasketch import MinHashLSH
         except ImportError as e:
             raise UserError("near_duplicates needs datasketch: pip install datasketch") from e
-        self.index = MinHashLSH(similarity, N_PERMUTATIONS)
+        try:
+            self.index = MinHashLSH(similarity, N_PERMUTATIONS)
+        except ValueError as e:
+            raise UserError(f"near_duplicates={similarity} is too near to 0 or 1") from e
 
     def has(self, key, minhash):
         """Whether a document like this one came before; if not, it is remembered."""

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from config import UserError
 
@@ -23,7 +24,8 @@ def map_batches(function, batches, job, n_workers):
         pending = deque()
         try:
             for batch in batches:
-                pending.append(pool.submit(_work, batch))
+                with _ctrl_c_waits():  # submit() may start a process
+                    pending.append(pool.submit(_work, batch))
                 if len(pending) > 3 * n_workers:
                     yield pending.popleft().result()
             while pending:
@@ -34,9 +36,22 @@ def map_batches(function, batches, job, n_workers):
             pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _ctrl_c_waits():
+    """Ctrl-C comes when this ends; processes started inside never get it: the parent answers."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(function, job):
     global _task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it can't be blocked
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _task = function, job
 

@@ -4,7 +4,6 @@ A reader takes a list of files and yields, for each document it meets, a str, a 
 messages {"role", "content"} (a dialogue), or a Dropped that says why there is none. Nothing is
 passed over in silence.
 """
-import html
 import os
 import re
 import xml.etree.ElementTree as ET
@@ -13,9 +12,9 @@ from functools import partial
 from typing import Callable
 
 from data.files import (
-    HEAD, LONGEST, OF_DATASETS, RECORDS, Dropped, decoded, lines, read_each, records, suffix,
+    LONGEST, OF_DATASETS, RECORDS, Dropped, decoded, head_of, lines, read_each, records, suffix,
     text_parts)
-from data.wikitext import DISAMBIGUATION, REDIRECT, plain, tidy
+from data.wikitext import DISAMBIGUATION, REDIRECT, plain, tidy, unescape
 
 TEXT_KEYS = ("text", "content", "completion", "body", "article")
 TURN_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog")
@@ -52,10 +51,12 @@ def text_of(record, where, field=""):
         return record
     if isinstance(record, dict):
         for key in (field,) if field else TEXT_KEYS:
-            if isinstance(record.get(key), str):
+            if isinstance(text := record.get(key), str):
                 title = record.get("title")
                 title = title.strip() if isinstance(title, str) and not field else ""
-                return titled(title, record[key].lstrip()) if title else record[key]
+                if len(text) + len(title) > LONGEST:
+                    return Dropped("too long", f"{where}: over {LONGEST:,} characters")
+                return titled(title, text.lstrip()) if title else text
     wanted = field or f"{TEXT_KEYS[0]}' or '{TEXT_KEYS[1]}"
     return Dropped(f"no {field or 'text'}", f"{where}: no string under the key '{wanted}'")
 
@@ -71,10 +72,10 @@ def read_text(name, stream, field=""):
 
 def read_wiki(name, stream, field=""):
     """A MediaWiki dump, or what extractors make of one: <doc> blocks, or records with a text."""
-    head = stream.peek(HEAD)[:2000].replace(b"\0", b"")  # UTF-16 too
-    if b"<mediawiki" in head:
+    head = head_of(stream)[:2000].lstrip()
+    if "<mediawiki" in head:
         yield from dump_pages(name, stream)
-    elif b"<doc " in head.lstrip(b"\xef\xbb\xbf\xff\xfe \r\n")[:5]:
+    elif head.startswith("<doc "):
         yield from doc_blocks(name, decoded(stream))
     else:
         for doc in read_text(name, stream, field):
@@ -83,18 +84,21 @@ def read_wiki(name, stream, field=""):
 
 def dump_pages(name, stream):
     """Articles of a pages-articles.xml dump, one in memory at a time."""
-    page, root = {}, None
+    page, parents = {}, []
     try:
         for event, element in ET.iterparse(stream, events=("start", "end")):
-            tag = element.tag.rpartition("}")[2]
             if event == "start":
-                root = element if root is None else root
-            elif tag in ("title", "ns", "text", "redirect"):
+                parents.append(element)
+                continue
+            parents.pop()
+            tag = element.tag.rpartition("}")[2]
+            if tag in ("title", "ns", "text", "redirect"):
                 page[tag] = element.text or ""
             elif tag == "page":
                 yield article(page.get("title", ""), page, name)
                 page = {}
-                root.clear()
+            if len(parents) == 1:
+                parents[0].clear()
     except (ET.ParseError, UnicodeError, ValueError) as e:
         yield Dropped("unreadable file", f"{name}: can't be read on ({e})")
 
@@ -118,9 +122,9 @@ def doc_blocks(name, text):
     title, body, size, began = None, [], 0, ""
     for number, line in enumerate(lines(text), 1):
         if title is None:
-            head = re.match(r"<doc\b[^>]*?title=\"([^\"]*)\"[^>]*>", line)
+            head = re.match(r"<doc\b[^>]*?title=\"([^\"]*)\"[^>]*>", line[:2000])
             if head:
-                title, body, size, began = html.unescape(head[1]), [], 0, f"{name}:{number}"
+                title, body, size, began = unescape(head[1]), [], 0, f"{name}:{number}"
             elif line.strip():
                 yield Dropped("outside <doc>", f"{name}:{number}: outside of a <doc>")
         elif line.strip() == "</doc>":
@@ -137,7 +141,7 @@ def doc_blocks(name, text):
 def read_thucnews(name, stream, field=""):
     """A document a file, or a line: category<TAB>text, or title<TAB>number of a class. There are no
     fields to choose from."""
-    if b"\t" not in stream.peek(HEAD)[:HEAD].partition(b"\n")[0]:
+    if "\t" not in head_of(stream).partition("\n")[0]:
         yield from text_parts(stream)
         return
     for number, line in enumerate(lines(decoded(stream)), 1):
@@ -154,14 +158,15 @@ def read_chat(name, stream, evidence=False):
     """Dialogues of every form that dialogues() knows; a file that is one list of turns is one."""
     turns, began = [], ""
     for where, record in records(name, stream):
-        if isinstance(record, dict) and turn(record):
-            turns, began = turns + [record], began or where
+        if (turn(record) or {}).get("role") in ROLES:
+            turns.append(turn(record))
+            began = began or where
         elif isinstance(record, Dropped):
             yield record
         else:
             yield from dialogues(record, where, evidence)
     if turns:
-        yield check_messages(list(map(turn, turns)), began)
+        yield check_messages(turns, began)
 
 
 def dialogues(record, where, evidence):
@@ -185,7 +190,7 @@ def dialogues(record, where, evidence):
         yield from from_instruction(record, where)
     elif any(k in record for k in QUESTION_KEYS + ANSWER_KEYS):
         question = first_text(record, QUESTION_KEYS)
-        yield pair(question, first_text(record, ANSWER_KEYS), where)
+        yield from_pair(record, question, first_text(record, ANSWER_KEYS), where)
     elif record and all(isinstance(value, dict) for value in record.values()):
         for key, value in record.items():  # WebQA's id -> question
             yield from dialogues(value, f"{where}: {key}", evidence)
@@ -211,10 +216,25 @@ def from_turns(items, system, where):
     if not isinstance(items, list) or not items:
         return Dropped("no messages", f"{where}: no list of messages")
     messages = list(map(turn, items))
-    first = messages[0] or {}
-    if isinstance(system, str) and system.strip() and first.get("role") != "system":
-        messages.insert(0, dict(role="system", content=system))
+    if (messages[0] or {}).get("role") != "system":
+        messages = [*system_message(system), *messages]
     return check_messages(messages, where)
+
+
+def system_message(system):
+    given = isinstance(system, str) and system.strip()
+    return [dict(role="system", content=system)] if given else []
+
+
+def from_pair(record, question, answer, where):
+    """A question and its answer, behind the record's system message and history of such pairs."""
+    history = record.get("history") if isinstance(record.get("history"), list) else []
+    before = [turn(dict(role=role, content=content)) for two in history
+              if isinstance(two, list) and len(two) == 2
+              for role, content in zip(("user", "assistant"), two)]
+    now = pair(question, answer, where)
+    return now if isinstance(now, Dropped) else check_messages(
+        [*system_message(record.get("system")), *before, *now], where)
 
 
 def from_instruction(record, where):
@@ -230,14 +250,9 @@ def from_instruction(record, where):
         messages = [dict(role="user" if who == "Human" else "assistant", content=content)
                     for who, content in zip(parts[1:-2:2], parts[2:-2:2])]
         yield check_messages(
-            [*messages, turn(dict(role="assistant", content=record.get("output")))], where)
+            [*system_message(record.get("system")), *messages, turn(dict(role="assistant", content=record.get("output")))], where)
         return
-    history = record.get("history") if isinstance(record.get("history"), list) else []
-    before = [m for two in history if isinstance(two, list) and len(two) == 2
-              for m in (dict(role="user", content=two[0]), dict(role="assistant", content=two[1]))]
-    now = pair(with_input(instruction, record), record.get("output"), where)
-    yield now if isinstance(now, Dropped) or not before else check_messages(
-        [*map(turn, before), *now], where)
+    yield from_pair(record, with_input(instruction, record), record.get("output"), where)
 
 
 def with_input(instruction, record):
@@ -288,7 +303,8 @@ def from_dureader(record, where, evidence):
             paragraphs = doc.get("paragraphs") if isinstance(doc, dict) else None
             if isinstance(paragraphs, list) and doc.get("is_selected"):
                 best = doc.get("most_related_para", 0)
-                context = "".join(paragraphs[best:best + 1]) if isinstance(best, int) else ""
+                best = paragraphs[best:best + 1] if isinstance(best, int) else []
+                context = "".join(p for p in best if isinstance(p, str))
                 break
     answers = answers if isinstance(answers, list) else []
     return answered(record.get("question"), answers, context, where)

@@ -20,7 +20,7 @@ QWEN_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 GPT2_REGEX = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 HUB_NAMES = {"qwen": "Qwen/Qwen2-0.5B", "gpt2": "openai-community/gpt2"}
-LONGEST_RUN = 32      # Han characters in a row that a new tokenizer learns from
+LONGEST_PIECE = 32    # characters between two splits that a new tokenizer learns from
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + "
     "'<|im_end|>\n' }}{% endfor %}"
@@ -203,10 +203,9 @@ def train_bytebpe(texts, vocab_size):
     tok = HFTokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(QWEN_REGEX), "isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # Training slows down with the square of a run's length, and text without punctuation is one
-    # run: runs are cut, for the trainer alone, where that changes nothing else (LOG.md).
-    cut = pre_tokenizers.Split(
-        Regex(rf"[^\r\n\p{{L}}\p{{N}}]?\p{{Han}}{{1,{LONGEST_RUN}}}"), "isolated")
+    # Training slows down with the square of a piece's length, and text without punctuation is one
+    # piece: pieces are cut, for the trainer alone, where that changes nothing else (LOG.md).
+    cut = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_PIECE}}}"), "isolated")
     tok.pre_tokenizer = pre_tokenizers.Sequence([split, cut, level])
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(texts, trainers.BpeTrainer(
@@ -245,7 +244,7 @@ def _download(hub_id):
     logging.set_verbosity_error()  # its retries would fill the screen
     try:
         return Path(hf_hub_download(hub_id, "tokenizer.json"))
-    except (OSError, ValueError) as e:
+    except Exception as e:  # the hub client raises errors of four libraries
         raise UserError(
             f"tokenizer {hub_id} can't be had from the hub ({type(e).__name__}). Set HF_ENDPOINT "
             "to a mirror, give a local path (--tokenizer=PATH), or train one: "

@@ -13,6 +13,12 @@ from collections import Counter
 SIMPLIFIED = ("zh-hans", "zh-cn", "zh-sg", "zh-my", "zh")  # of a word's regional forms, in order
 HIDDEN_LINKS = ("file", "image", "category", "media", "文件", "檔案", "档案", "图像", "圖像",
                 "分类", "分類")
+LANGUAGES = frozenset(
+    "af als am an ar arz ast az ba bar be bg bn br bs ca ceb ckb cs cv cy da de el en eo es et eu fa "
+    "fi fr fy ga gan gd gl gu hak he hi hr hu hy ia id is it ja jv ka kk kn ko ku ky la lb li lmo lt "
+    "lv mg mk ml mn mr ms my nds ne nl nn no oc pa pl ps pt qu ro ru sa sco sd sh si simple sk sl so "
+    "sq sr su sv sw ta te tg th tl tr tt ug uk ur uz vec vi vo war wuu xmf yi yo zh-classical "
+    "zh-min-nan zh-yue".split())
 REDIRECT = re.compile(r"\s*#(?:redirect|重定向|重新導向)", re.I)
 DISAMBIGUATION = re.compile(
     r"\{\{\s*(?:[\w-]{0,30}disambig[\w-]{0,30}|dab|hndis|geodis"
@@ -37,7 +43,7 @@ LAYOUT_TAGS = frozenset(
     "abbr b bdi big blockquote br center cite code dd del div dl dt em font h1 h2 h3 h4 hr i "
     "includeonly ins kbd li nowiki ol onlyinclude p poem pre q rb rp rt ruby s samp section small "
     "source span strike strong sub sup syntaxhighlight table td th tr tt u ul var wbr".split())
-NESTED = re.compile(r"(\{\{|\}\}|\[\[|\]\]|^[ :*]*\{\||^[ ]*\|\}(?!\})|-\{|\}-)", re.M)
+NESTED = re.compile(r"(\{\{|\}\}|\[\[|\]\]|^[ :*]*\{\||^[ ]*\|\}(?!\})|-\{(?!\{)|\}-)", re.M)
 CLOSES = {"}}": "{{", "]]": "[[", "|}": "{|", "}-": "-{"}
 HEADING = re.compile(r"(={1,6})\s*(.*?)\s*={1,6}")
 APPENDIX = re.compile(
@@ -56,9 +62,14 @@ def plain(markup):
     """Text of an article in wikitext; its templates, tables, references and pictures dropped."""
     text = re.sub(r"<!--.*?(?:-->|\Z)", "", markup, flags=re.S)
     text = resolve(drop_tags(text))
-    text = re.sub(r"\[(?:https?:|ftp:)?//[^\s\[\]]*[ \t]?([^\[\]\n]*)\]", r"\1", text)
+    text = re.sub(r"\[(?:https?:|ftp:)?//[^\s\[\]]*+[ \t]?([^\[\]\n]*+)\]", r"\1", text)
     text = re.sub(r"'{2,}", "", re.sub(r"__[A-Z]{3,30}__", "", text))
-    return empty_brackets(html.unescape(outline(text)))
+    return empty_brackets(unescape(outline(text)))
+
+
+def unescape(text):
+    """html.unescape, which fails on numbers of more digits than Python converts."""
+    return html.unescape(re.sub(r"&#x?[0-9a-fA-F]{8,};?", "", text))
 
 
 def tidy(text):
@@ -120,8 +131,9 @@ def _link(inner):
     """[[target|shown]]: what is shown; nothing of pictures, categories and other languages."""
     target, *shown = inner.split("|")
     space, colon, _ = target.partition(":")
-    space = space.strip().lower()
-    if colon and (space in HIDDEN_LINKS or re.fullmatch(r"[a-z]{2,3}(-[a-z]+){0,2}", space)):
+    space = space.strip()
+    space = space.lower() if len(space) > 3 else space  # [[Re:..]] and [[CSI:..]] are titles
+    if colon and (space in HIDDEN_LINKS or space in LANGUAGES and not shown):
         return ""
     if shown and shown[-1].strip():
         return shown[-1]

@@ -151,6 +151,27 @@ def test_what_extractors_leave_is_tidied():
     assert tidy("一<br>\n街-{庄}-（，二）《》main()") == "一\n\n街庄（二）main()"
 
 
+@pytest.mark.parametrize("markup, text", [
+    ("动画[[Re:从零开始的异世界生活]]很有名", "动画Re:从零开始的异世界生活很有名"),
+    ("[[CSI:犯罪现场|犯罪现场]]", "犯罪现场"), ("甲[[en:A]][[zh-yue:B]]乙", "甲乙"),
+    ("1937年-{{lang|en|now}}，他说", "1937年-now，他说"), ("甲&#" + "9" * 5000 + ";乙", "甲乙"),
+    ("[[文件:a.jpg|缩略图|[[茶]]的图]]茶", "茶"), ("[[:分类:茶]]", "分类:茶"),
+    ("'''甲'''''乙''", "甲乙"), ("-{T|甲}-茶-{zh-tw:乙}-", "茶乙")])
+def test_wikitext_shows_what_the_page_shows(markup, text):
+    assert plain(markup) == text
+
+
+@pytest.mark.parametrize("piece", [
+    "{{", "[[", "<ref>", "<a ", "-{", "[//a", "[http://aa", "(", "|}", "'", "=", "<!--", "{|\n",
+    "&#1", "{{lang|en|", "a\u0301\u0323", "\u0301\u0323", "[[a|", "\n=a", "-{zh:", " ", "\n"])
+def test_broken_wikitext_takes_linear_time(piece):
+    text = "茶" + piece * (300_000 // len(piece))
+    began = time.process_time()
+    for in_wikitext in (True, False):
+        clean_document(WikiPage("", text, in_wikitext), Rules())
+    assert time.process_time() - began < 10
+
+
 @given(st.text(alphabet="{}[]|-=<>ref/!*'\n （）:茶zh;#", max_size=300))
 @settings(max_examples=500, deadline=None)
 def test_broken_wikitext_never_fails_and_plain_text_stays(text):
@@ -162,6 +183,7 @@ def test_broken_wikitext_never_fails_and_plain_text_stays(text):
 
 # ---- files ----
 
+QA = [dict(role="user", content="问"), dict(role="assistant", content="答")]
 TEXT = "长江是中国最长的河流，发源于青藏高原。\n它流过十一个省份，最后流入东海。"
 
 
@@ -172,7 +194,26 @@ def test_encodings_are_told_apart(encoding, here):
     assert list(SOURCES["text"].documents(["a.txt"])) == [TEXT]
     (here / "a.jsonl").write_bytes(json.dumps({"text": TEXT}, ensure_ascii=False).encode(encoding))
     assert list(SOURCES["text"].documents(["a.jsonl"])) == [TEXT]
-    assert encoding_of(("a" * 50 + "\n").encode()) == "utf-8"
+
+
+@pytest.mark.parametrize("data, encoding", [
+    (b"a" * 50 + b"\n", "utf-8"), (b"", "utf-8"), ("It\ufffds a nice day".encode(), "utf-8"),
+    ((b"a" * (files.HEAD - 1) + "好".encode())[:files.HEAD], "utf-8"),  # cut inside a character
+    (TEXT.encode() * 9 + b"\0" * 300, "utf-8"), (TEXT.encode() * 9 + b"\xff\x80", "utf-8"),
+    (b"hello " * 50 + "好".encode() + b"\x80", "utf-8"),
+    ("分久必合，合久必分。".encode("gbk"), "gb18030"),
+    ("一二三。\n".encode("utf-16-be"), "utf-16-be")])
+def test_odd_files_have_the_encoding_that_makes_sense(data, encoding):
+    assert encoding_of(data) == encoding
+
+
+def test_news_are_read_in_any_encoding(here):
+    lines = "".join(f"体育\t有第{i}条新闻。\n" for i in range(5))
+    for encoding in ("utf-8", "utf-16", "gbk", "utf-16-le"):
+        (here / "lines.txt").write_bytes(lines.encode(encoding))
+        (here / "whole.txt").write_bytes("有一条新闻\n\u3000\u3000有正文。".encode(encoding))
+        assert len(list(SOURCES["thucnews"].documents(["lines.txt"]))) == 5, encoding
+        assert len(list(SOURCES["thucnews"].documents(["whole.txt"]))) == 1, encoding
 
 
 def test_compressed_files_are_read_as_they_are(here):
@@ -187,6 +228,9 @@ def test_compressed_files_are_read_as_they_are(here):
         archive.writestr("picture.png", b"\x89PNG")
     assert len(list(SOURCES["text"].documents(["a.zip"]))) == 6
     assert not (here.parent / "b.jsonl").exists()
+    os.replace("a.jsonl.gz", "A.JSONL.GZ")
+    assert len(list(SOURCES["text"].documents(["A.JSONL.GZ"]))) == 3
+    os.replace("A.JSONL.GZ", "a.jsonl.gz")
     for name in ("a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.zip"):  # cut short
         (here / name).write_bytes((here / name).read_bytes()[:-20])
         found = list(SOURCES["text"].documents([name]))
@@ -221,6 +265,10 @@ def test_tables_and_saved_datasets_are_read(here):
     rows = list(SOURCES["text"].documents(["a.csv"]))
     assert rows[:2] == ["长江\n\n长江是河，\n很长。", "黄河\n\n黄河也是河。"]
     assert [d.reason for d in rows[2:]] == ["not CSV"]
+    odd = pa.table({"text": [TEXT, "坏", TEXT], "day": pa.array([0, 2**30, 1], pa.date32())})
+    parquet.write_table(odd, "odd.parquet")
+    kinds = [type(d) for d in SOURCES["text"].documents(["odd.parquet"])]
+    assert kinds == [str, Dropped, str]
     (here / "b.parquet").write_bytes((here / "a.parquet").read_bytes()[:-40])
     assert [d.reason for d in SOURCES["text"].documents(["b.parquet"])] == ["unreadable file"]
 
@@ -243,8 +291,33 @@ def test_json_of_any_length_is_read_piece_by_piece(items, indent, head):
     assert cut[:len(items)] == items and isinstance(cut[-1], Dropped)
 
 
+ONE, TWO = {"text": f"{TEXT}一"}, {"text": f"{TEXT}二"}
+
+
+@pytest.mark.parametrize("text, read, dropped", [
+    (json.dumps(ONE) + json.dumps(TWO), 2, 0), ("3", 0, 1), ("[[[[", 0, 1),
+    (f"[{json.dumps(ONE)},\n{json.dumps(TWO)}\n]", 2, 0), (json.dumps([ONE]) + "]", 1, 1),
+    (json.dumps({"version": 1, "data": [ONE, TWO]}), 2, 0), (json.dumps([ONE, TWO], indent=2), 2, 0),
+    ("{broken\n" + json.dumps(ONE) + "\n" + json.dumps(TWO), 2, 1), (json.dumps([ONE, TEXT]), 2, 0),
+    (json.dumps({"text": "长" * 7_000}), 1, 0), (json.dumps({"text": "长" * 90_000}), 0, 1)])
+def test_a_json_file_of_any_shape_is_read_or_counted(text, read, dropped, here, monkeypatch):
+    monkeypatch.setattr(files, "HEAD", 1000)
+    monkeypatch.setattr(files, "LONGEST", 50_000)
+    (here / "a.json").write_text(text, encoding="utf-8")
+    lost = [isinstance(doc, Dropped) for doc in SOURCES["text"].documents(["a.json"])]
+    assert (lost.count(False), lost.count(True)) == (read, dropped)
+
+
+def test_lines_of_lists_are_a_dialogue_each(here):
+    (here / "a.json").write_text("\n".join([json.dumps(QA)] * 5), encoding="utf-8")
+    (here / "b.json").write_text(json.dumps(QA, indent=1), encoding="utf-8")
+    (here / "c.json").write_text(json.dumps([QA, QA]), encoding="utf-8")
+    assert [len(list(SOURCES["chat"].documents([f"{n}.json"]))) for n in "abc"] == [5, 1, 2]
+
+
 def test_one_huge_object_gives_its_members(here, monkeypatch):
     monkeypatch.setattr(files, "HEAD", 1000)
+    monkeypatch.setattr(files, "LONGEST", 3000)
     webqa = {f"Q{i}": {"question": f"问{i}", "evidences": {"e": {"answer": ["是"], "evidence": "文"}}}
              for i in range(100)}
     squad = {"version": "1", "data": [{"paragraphs": [{"context": "文", "qas": [
@@ -255,8 +328,6 @@ def test_one_huge_object_gives_its_members(here, monkeypatch):
 
 
 # ---- dialogues ----
-
-QA = [dict(role="user", content="问"), dict(role="assistant", content="答")]
 
 
 @pytest.mark.parametrize("record", [
@@ -286,6 +357,8 @@ def test_dialogues_keep_their_turns_and_stop_before_an_empty_one():
     assert [m["content"] for m in next(dialogues(history, "", False))] == list("一二三四")
     doc = [*QA, dict(role="user", content=" "), dict(role="assistant", content="x")]
     assert clean_document(doc, Rules()) == (QA, "", Counter(messages=2))
+    record = {"from": "百度", "content": "文", "question": "问", "answer": "答", "system": "是"}
+    assert [m["content"] for m in next(dialogues(record, "", False))] == ["是", "问", "答"]
     squad = {"context": "长江很长。", "qas": [{"question": "什么长？", "answers": [{"text": "长江"}]},
                                         {"question": "？", "answers": [], "is_impossible": True}]}
     asked, refused = dialogues(squad, "", True)
@@ -379,6 +452,23 @@ def test_inspect_shows_tokens_with_borders_and_what_is_trained(here, tokenizer, 
             prepare.main(["inspect", *words])
 
 
+def test_damaged_sets_are_refused(here, tokenizer):
+    write_corpus(here / "a.jsonl", 30, "文")
+    prepare.main(["text", "a.jsonl", tokenizer, "--name=x"])
+    for split in ("train", "val"):
+        file = here / f"data/x/{split}.bin"
+        file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(UserError, match="damaged"):
+        prepare.main(["inspect", "x"])
+    with pytest.raises(UserError, match="prepared set"):
+        prepare.main(["tokenizer", "a.jsonl", "--name=x"])
+    meta = json.loads((here / "data/x/meta.json").read_text(encoding="utf-8"))
+    for change in ({"sources": 3}, {"n_ids": "x"}, {"tokenizer": None}, {"splits": {}}):
+        (here / "data/x/meta.json").write_text(json.dumps(meta | change), encoding="utf-8")
+        with pytest.raises(UserError, match="meta.json"):
+            Bins("x")
+
+
 def test_inspect_draws_on_request(here, tokenizer):
     write_corpus(here / "a.jsonl", 30, "文")
     prepare.main(["text", "a.jsonl", tokenizer, "--name=x"])
@@ -409,8 +499,9 @@ def test_a_training_sample_is_bounded_and_the_same_in_any_order(texts, most, rng
 
 
 def test_a_text_without_punctuation_trains_in_linear_time():
-    text = "".join(random.Random(0).choices("的一是在不了有和人这中大为上个国", k=400_000))
-    assert train_bytebpe([text], 400).n_ids == 400  # minutes, if it were one word
+    for letters in ("的一是在不了有和人这中大为上个国", "abcdefgh", "，。！？", "あいうえお"):
+        text = "".join(random.Random(0).choices(letters, k=300_000))
+        train_bytebpe([text], 400)  # minutes, if it were one piece
 
 
 # ---- accidents ----
