@@ -44,8 +44,8 @@ def count_ids(tokens, n_ids):
     for i in range(0, len(tokens), CHUNK):
         some = np.bincount(tokens[i:i + CHUNK], minlength=n_ids)
         if len(some) > n_ids:
-            raise UserError(f"id {len(some) - 1:,} in a set of {n_ids:,} ids: the bins are damaged. "
-                            "Prepare them again")
+            raise UserError(f"id {len(some) - 1:,} in a set of {n_ids:,} ids: the bins are "
+                            "damaged. Prepare them again")
         counts += some
     return counts
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Callable
 
-from data.files import (
-    LONGEST, OF_DATASETS, RECORDS, Dropped, decoded, head_of, lines, read_each, records, suffix,
-    text_parts)
+from data.files import LONGEST, Dropped, decoded, head_of, lines, read_each, suffix, text_parts
+from data.records import OF_DATASETS, RECORDS, records
 from data.wikitext import DISAMBIGUATION, REDIRECT, plain, tidy, unescape
 
 TEXT_KEYS = ("text", "content", "completion", "body", "article")
@@ -249,8 +248,8 @@ def from_instruction(record, where):
     if len(parts) > 2 and parts[-2] == "Assistant" and not parts[0].strip() + parts[-1].strip():
         messages = [dict(role="user" if who == "Human" else "assistant", content=content)
                     for who, content in zip(parts[1:-2:2], parts[2:-2:2])]
-        yield check_messages(
-            [*system_message(record.get("system")), *messages, turn(dict(role="assistant", content=record.get("output")))], where)
+        last = turn(dict(role="assistant", content=record.get("output")))
+        yield check_messages([*system_message(record.get("system")), *messages, last], where)
         return
     yield from_pair(record, with_input(instruction, record), record.get("output"), where)
 

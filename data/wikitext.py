@@ -14,11 +14,11 @@ SIMPLIFIED = ("zh-hans", "zh-cn", "zh-sg", "zh-my", "zh")  # of a word's regiona
 HIDDEN_LINKS = ("file", "image", "category", "media", "文件", "檔案", "档案", "图像", "圖像",
                 "分类", "分類")
 LANGUAGES = frozenset(
-    "af als am an ar arz ast az ba bar be bg bn br bs ca ceb ckb cs cv cy da de el en eo es et eu fa "
-    "fi fr fy ga gan gd gl gu hak he hi hr hu hy ia id is it ja jv ka kk kn ko ku ky la lb li lmo lt "
-    "lv mg mk ml mn mr ms my nds ne nl nn no oc pa pl ps pt qu ro ru sa sco sd sh si simple sk sl so "
-    "sq sr su sv sw ta te tg th tl tr tt ug uk ur uz vec vi vo war wuu xmf yi yo zh-classical "
-    "zh-min-nan zh-yue".split())
+    "af als am an ar arz ast az ba bar be bg bn br bs ca ceb ckb cs cv cy da de el en eo es et "
+    "eu fa fi fr fy ga gan gd gl gu hak he hi hr hu hy ia id is it ja jv ka kk kn ko ku ky la "
+    "lb li lmo lt lv mg mk ml mn mr ms my nds ne nl nn no oc pa pl ps pt qu ro ru sa sco sd sh "
+    "si simple sk sl so sq sr su sv sw ta te tg th tl tr tt ug uk ur uz vec vi vo war wuu xmf "
+    "yi yo zh-classical zh-min-nan zh-yue".split())
 REDIRECT = re.compile(r"\s*#(?:redirect|重定向|重新導向)", re.I)
 DISAMBIGUATION = re.compile(
     r"\{\{\s*(?:[\w-]{0,30}disambig[\w-]{0,30}|dab|hndis|geodis"

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 
 import prepare
 from config import UserError
-from data import files
+from data import files, records
 from data.bins import Bins
 from data.clean import Rules, chinese_share, clean_document
-from data.files import Dropped, encoding_of, json_values, records
+from data.files import Dropped, encoding_of
+from data.records import json_lines, json_values
 from data.sources import SOURCES, WikiPage, dialogues
 from data.tokenizer import load_tokenizer, train_bytebpe
 from data.wikitext import plain, tidy
@@ -282,12 +283,12 @@ values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(m
 @settings(max_examples=200, deadline=None)
 def test_json_of_any_length_is_read_piece_by_piece(items, indent, head):
     text = json.dumps(items, indent=indent)
-    before, files.HEAD = files.HEAD, head  # so that nothing fits at once
+    before, records.HEAD = records.HEAD, head  # so that nothing fits at once
     try:
         assert [v for _, v in json_values("x", io.StringIO(text))] == items
         cut = [v for _, v in json_values("x", io.StringIO(text[:-1]))]
     finally:
-        files.HEAD = before
+        records.HEAD = before
     assert cut[:len(items)] == items and isinstance(cut[-1], Dropped)
 
 
@@ -297,12 +298,13 @@ ONE, TWO = {"text": f"{TEXT}一"}, {"text": f"{TEXT}二"}
 @pytest.mark.parametrize("text, read, dropped", [
     (json.dumps(ONE) + json.dumps(TWO), 2, 0), ("3", 0, 1), ("[[[[", 0, 1),
     (f"[{json.dumps(ONE)},\n{json.dumps(TWO)}\n]", 2, 0), (json.dumps([ONE]) + "]", 1, 1),
-    (json.dumps({"version": 1, "data": [ONE, TWO]}), 2, 0), (json.dumps([ONE, TWO], indent=2), 2, 0),
+    (json.dumps({"version": 1, "data": [ONE, TWO]}), 2, 0),
+    (json.dumps([ONE, TWO], indent=2), 2, 0),
     ("{broken\n" + json.dumps(ONE) + "\n" + json.dumps(TWO), 2, 1), (json.dumps([ONE, TEXT]), 2, 0),
     (json.dumps({"text": "长" * 7_000}), 1, 0), (json.dumps({"text": "长" * 90_000}), 0, 1)])
 def test_a_json_file_of_any_shape_is_read_or_counted(text, read, dropped, here, monkeypatch):
-    monkeypatch.setattr(files, "HEAD", 1000)
-    monkeypatch.setattr(files, "LONGEST", 50_000)
+    monkeypatch.setattr(records, "HEAD", 1000)
+    monkeypatch.setattr(records, "LONGEST", 50_000)
     (here / "a.json").write_text(text, encoding="utf-8")
     lost = [isinstance(doc, Dropped) for doc in SOURCES["text"].documents(["a.json"])]
     assert (lost.count(False), lost.count(True)) == (read, dropped)
@@ -316,8 +318,8 @@ def test_lines_of_lists_are_a_dialogue_each(here):
 
 
 def test_one_huge_object_gives_its_members(here, monkeypatch):
-    monkeypatch.setattr(files, "HEAD", 1000)
-    monkeypatch.setattr(files, "LONGEST", 3000)
+    monkeypatch.setattr(records, "HEAD", 1000)
+    monkeypatch.setattr(records, "LONGEST", 3000)
     webqa = {f"Q{i}": {"question": f"问{i}", "evidences": {"e": {"answer": ["是"], "evidence": "文"}}}
              for i in range(100)}
     squad = {"version": "1", "data": [{"paragraphs": [{"context": "文", "qas": [
@@ -622,9 +624,11 @@ def test_a_wiki_comes_from_the_hub_and_goes_on_where_it_broke_off(here, tokenize
 # ---- bad input ----
 
 LINES = st.one_of(
-    st.integers(0, 30).map(lambda i: json.dumps({"text": f"第{i}篇文章，讲的是一件小事。"}).encode()),
-    st.sampled_from([b'{"text": "\xe7\x9f\xad"}', b'{"text": "an English text only"}', b"{broken", b"[]",
-                     b'{"text": "\xff\xfe"}', b'{"body": 3}', b'""', b"  ", b'{"text": " \\u0000"}']),
+    st.integers(0, 30).map(
+        lambda i: json.dumps({"text": f"第{i}篇文章，讲的是一件小事。"}).encode()),
+    st.sampled_from([b'{"text": "\xe7\x9f\xad"}', b'{"text": "an English text only"}', b"[]",
+                     b"{broken", b'{"text": "\xff\xfe"}', b'{"body": 3}', b'""', b"  ",
+                     b'{"text": " \\u0000"}']),
     st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")))
 
 
@@ -699,7 +703,7 @@ def test_damaged_samples_never_fail_and_leave_a_trace(here):
 @settings(max_examples=300, deadline=None)
 def test_every_line_that_is_not_blank_is_a_document_or_its_loss(lines):
     text = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), "utf-8", errors="mark", newline="\n")
-    found = [where for where, _ in files.json_lines("x", text)]
+    found = [where for where, _ in json_lines("x", text)]
     blank = [not line.replace(b"\xef\xbb\xbf", b"").strip(b" \t\r") for line in lines]
     want = [f"x:{i}" for i, empty in enumerate(blank, 1) if not empty]
     assert found == want
@@ -715,4 +719,4 @@ def test_any_bytes_are_read_and_accounted_for(data, ending):
         file.flush()
         for source in ("wiki", "thucnews", "text", "chat"):
             list(SOURCES[source].documents([file.name]))
-        list(records(file.name, open(file.name, "rb", buffering=files.HEAD)))
+        list(records.records(file.name, open(file.name, "rb", buffering=files.HEAD)))
