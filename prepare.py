@@ -32,12 +32,14 @@ workers = 0          # processes that clean and tokenise; 0 = one a core, fewer 
 # ---- inspect ----
 plot = False         # also draw data/NAME/inspect.png (pip install matplotlib)
 
+import difflib
 import hashlib
 import heapq
 import itertools
 import os
 import sys
 import time
+from array import array
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +61,7 @@ from data.tokenizer import load_tokenizer, train_bytebpe
 DEMO = Path(__file__).parent / "data" / "demo" / "raw"
 BATCH = 500_000      # characters that travel to a worker at once
 MIN_DOCUMENTS = 20   # with fewer, whole documents are too coarse a split
+LARGE = 50_000_000   # tokens; the few documents held out of so many are long ones
 RECORDED = ("val_fraction", "sample", "max_docs", "field", "evidence", "near_duplicates")
 TRAINING_TEXT = 8_000_000  # characters a tokenizer learns from at most: 2 GB of memory
 
@@ -73,8 +76,11 @@ def choose_jobs(words, default=""):
             default = word
             paths.setdefault(default, [])
         elif not default:
+            near = difflib.get_close_matches(word, SOURCES, n=1)
+            hint = f"'{word}' is none" + (f"; did you mean {near[0]}?" if near else "") + (
+                f"; for a file or folder: python prepare.py text {word}" * os.path.exists(word))
             raise UserError(f"name a source: demo, {', '.join(SOURCES)}. --help tells more"
-                            + (f" ('{word}' is none)" if word else ""))
+                            + (f" ({hint})" if word else ""))
         elif not word:
             raise UserError("an empty path; is a shell variable unset?")
         else:
@@ -90,7 +96,7 @@ def files_of(source, paths):
             raise UserError(f"no path given and nothing in {raw}. Put there {SOURCES[source].what};"
                             f" or run: python prepare.py {source} PATH")
         fetch_from_hub(source, raw)
-    return find_files(paths or [raw], wanted)
+    return find_files(paths or [raw], wanted, SOURCES[source].endings)
 
 
 def fetch_from_hub(source, folder):
@@ -197,6 +203,7 @@ class Keeper:
     def __init__(self, kind, cfg, receipts, out):
         self.kind, self.receipts, self.out = kind, receipts, out
         self.threshold, self.seen = int(cfg.val_fraction * 2**64), set()
+        self.train_keys = array("Q")  # in the order of writing; the largest for one never held out
         self.near = NearDuplicates(cfg.near_duplicates) if cfg.near_duplicates else None
         self.splits = {split: dict(characters=0, bytes=0) for split in SPLITS}
 
@@ -210,6 +217,9 @@ class Keeper:
                 self.receipts.drop(source, dropped)
             else:
                 self.seen.add(key)
+                if split == "train":
+                    same = self.kind == SOURCES[source].kind
+                    self.train_keys.append(key if same else 2**64 - 1)
                 self.receipts.write(source, tokens, chars, n_bytes, trimmed)
                 self.splits[split]["characters"] += chars
                 self.splits[split]["bytes"] += n_bytes
@@ -233,6 +243,10 @@ class Keeper:
 def prepare(jobs, kind, name, tok, cfg):
     """Write data/<name> from jobs [(source, files)] with the Tokenizer tok."""
     folder, receipts = Path("data") / name, Receipts(jobs)
+    if (folder / "tokenizer.json").exists() and not (folder / "train.bin").exists():
+        raise UserError(f"{folder} is a tokenizer alone. Choose another --name")
+    if (folder / "meta.json").exists():
+        print(f"replacing {folder}")
     n_workers, began = choose_workers(cfg.workers, jobs), time.time()
     job = make_job(cfg, kind=kind, tokenizer=tok, dtype=id_dtype(tok.n_ids))
     with BinWriter(folder, tok.n_ids) as out, tqdm(
@@ -246,8 +260,7 @@ def prepare(jobs, kind, name, tok, cfg):
         if not keeper.seen:
             raise UserError(f"no document is left for {folder}: "
                             f"{listed(receipts.dropped()) or 'the files are empty'}")
-        if len(keeper.seen) < MIN_DOCUMENTS or not all(map(out.n_docs, SPLITS)):
-            split_finer(out, kind, cfg.val_fraction, tok, keeper.splits)
+        hold_out_enough(out, keeper, tok, cfg.val_fraction)
         seconds = time.time() - began
         command = " ".join(sys.argv).encode(errors="backslashreplace").decode()
         run = dict(command=command, time=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -276,25 +289,42 @@ def choose_workers(wanted, jobs):
     return wanted or max(1, min(os.cpu_count() or 1, size // 4_000_000))
 
 
-def split_finer(out, kind, fraction, tok, splits):
-    """Split anew where the hash does not do: the end of each text, or the last dialogues."""
-    docs = out.documents("train") + out.documents("val")
-    out.restart()
-    totals = {k: splits["train"][k] + splits["val"][k] for k in ("characters", "bytes")}
-    if kind == "chat":
-        n_val = min(len(docs) - 1, max(1, round(fraction * len(docs))))
-        if len(docs) < 2:
-            raise UserError("one dialogue can't be split into training and validation; give more")
-        first = len(docs) - n_val
-        parts = [(doc, doc[:0]) if i < first else (doc[:0], doc) for i, doc in enumerate(docs)]
-        print(f"  few dialogues: the last {n_val} of {len(docs)} are the validation split")
+def hold_out_enough(out, keeper, tok, fraction):
+    """Split anew where the share is too small: the documents with the smallest hashes, so that 20
+    or a twentieth of all are held out; with fewer than MIN_DOCUMENTS texts, the end of each.
+
+    What has LARGE tokens stays as it is: all of it is read for this.
+    """
+    n_train, n_val = map(out.n_docs, SPLITS)
+    total = n_train + n_val
+    if n_val and out.starts["train"][-1] > LARGE:
+        return
+    few_texts = total < MIN_DOCUMENTS and keeper.kind == "text"
+    wanted = min(20, max(1, total // 20))
+    more = 0 if few_texts else max(0, min(wanted - n_val, n_train - 1))
+    held = np.argsort(np.array(keeper.train_keys), kind="stable")[:more]
+    held = {int(i) for i in held if keeper.train_keys[i] < 2**64 - 1}
+    if not few_texts and n_val + len(held):
+        if not held:
+            return
+        docs, val = out.documents("train"), out.documents("val")
+        parts = [(doc[:0], doc) if i in held else (doc, doc[:0]) for i, doc in enumerate(docs)]
+        parts += [(doc[:0], doc) for doc in val]
+        print(f"  the share val_fraction={fraction} is {n_val} documents: {n_val + len(held)} are "
+              "held out")
+    elif keeper.kind == "chat":
+        raise UserError("one dialogue can't be split into training and validation; give more")
     else:
+        docs = out.documents("train") + out.documents("val")
         # the end token and at least four more, or half of what there is
         cuts = [len(doc) - max(round(fraction * len(doc)), min(5, len(doc) // 2)) for doc in docs]
         parts = [(np.append(doc[:cut], tok.eot)[:cut + (cut > 0)], doc[cut:])
                  for doc, cut in zip(docs, cuts)]
         print(f"  few documents: the last {fraction:.1%} of each of the {len(docs)} is the "
               "validation split")
+    splits = keeper.splits
+    totals = {k: splits["train"][k] + splits["val"][k] for k in ("characters", "bytes")}
+    out.restart()
     raw = b"".join(tok.visible(part) for _, part in parts)
     held = dict(characters=len(raw.decode("utf-8", errors="ignore")), bytes=len(raw))
     if not 0 < held["characters"] < totals["characters"]:

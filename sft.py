@@ -85,7 +85,8 @@ class ChatData:
         kept, n_rows = self.dialogues[split], len(self.rows[split])
         if not kept:
             raise UserError(f"{self.bins.folder}: no {split} dialogue has an answer within "
-                            f"{self.cfg.block_size} tokens")
+                            f"{self.cfg.block_size} tokens, the context of the base model. Take a "
+                            "base with a larger block_size, or prepare with --val_fraction=0.05")
         padding = 1 - sum(len(ids) - 1 for ids in kept) / (n_rows * self.cfg.block_size)
         print(f"{split}: {len(kept):,} dialogues in {n_rows:,} rows, {padding:.1%} padding; "
               f"{cut:,} cut after a message, {dropped:,} dropped (first answer too long)")

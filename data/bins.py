@@ -124,11 +124,11 @@ class Bins:
     """A prepared set, checked: .meta (dict), .tokenizer, .tokens(split), .starts(split)."""
 
     def __init__(self, name, root="data"):
-        self.folder = Path(root) / name
+        self.folder = Path(root) / str(name).removeprefix(f"{root}/")  # "data/demo" is meant too
         meta_file = self.folder / "meta.json"
         if not meta_file.is_file():
             raise UserError(f"{self.folder} is not prepared (no meta.json). Run: python prepare.py "
-                            f"SOURCE --name={name}")
+                            f"SOURCE --name={self.folder.name}")
         try:
             self.meta = json.loads(meta_file.read_text(encoding="utf-8"))
             version, self.kind = self.meta["version"], self.meta["kind"]
@@ -215,7 +215,7 @@ def open_sets(text, root="data"):
         return Bins(text, root)
     weights = {}
     for part in text.split(","):
-        match = re.fullmatch(r"([^:/]+):([0-9]*\.?[0-9]+)", part.strip())
+        match = re.fullmatch(r"((?:data/)?[^:/]+):([0-9]*\.?[0-9]+)", part.strip())
         if not match or match[1] in weights or not 0 < float(match[2]) < 1e9:
             raise UserError(f"dataset={text}: '{part.strip()}' is not one set and its weight. "
                             "Write wiki:0.7,thucnews:0.3")

@@ -48,7 +48,7 @@ def suffix(name):
     return (os.path.splitext(stem)[1] if end.lower() in OPENERS else end).lower()
 
 
-def find_files(paths, wanted):
+def find_files(paths, wanted, endings=()):
     """Files under paths for which wanted(name) holds, and .zip files: each once, sorted.
 
     Links are followed, but no folder is read twice. What is left aside is said.
@@ -75,7 +75,8 @@ def find_files(paths, wanted):
         shown = ", ".join(f"{n:,} {end}" for end, n in others.most_common(5))
         print(f"left aside: {others.total():,} files of another kind ({shown})")
     if not found:
-        raise UserError(f"{', '.join(map(str, paths))}: no file of this kind in there")
+        kinds = " ".join(endings) or "file of this kind"
+        raise UserError(f"{', '.join(map(str, paths))}: no file of this kind in there ({kinds})")
     return sorted(found, key=lambda p: p.replace(os.sep, "/"))
 
 

@@ -59,7 +59,8 @@ def show_sources(meta):
     for source, c in meta["sources"].items():
         rate = c.get("tokens", 0) / max(1, c.get("characters", 0))
         print(f"  {source}: {c['written']:,} of {c['read']:,} documents, "
-              f"{rate:.3f} tokens per character")
+              f"{rate:.3f} tokens per character "
+              f"({c.get('characters_per_token', 0):.2f} characters per token)")
 
 
 # ---- documents as tokens ----
@@ -116,7 +117,8 @@ def show_tokens(tok, counts):
     used = order[:np.count_nonzero(counts)]
     broken = [i for i in used if "\ufffd" in tok.decode([i])]
     print(f"\ntokens: {len(used):,} of {len(counts):,} ids are used; "
-          f"{int(counts[broken].sum()) / total:.2%} of the tokens are bytes of a broken character")
+          f"{int(counts[broken].sum()) / total:.2%} of the tokens are bytes of characters that the "
+          "vocabulary spells in several tokens")
     for name, ids in (("most", used[:25]), ("least", used[-25:])):
         shown = "  ".join(f"{p!r} {counts[i]:,}" for p, i in zip(pieces(tok, ids), ids))
         print(f"  {name} used: {shown}")

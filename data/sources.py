@@ -56,13 +56,15 @@ def text_of(record, where, field=""):
                 if len(text) + len(title) > LONGEST:
                     return Dropped("too long", f"{where}: over {LONGEST:,} characters")
                 return titled(title, text.lstrip()) if title else text
-    wanted = field or f"{TEXT_KEYS[0]}' or '{TEXT_KEYS[1]}"
-    return Dropped(f"no {field or 'text'}", f"{where}: no string under the key '{wanted}'")
+    wanted = field or " or ".join(TEXT_KEYS)
+    keys = ", ".join(map(str, record))[:80] if isinstance(record, dict) else ""
+    return Dropped(f"no {field or 'text'}", f"{where}: no string under the key {wanted} "
+                   f"(there is: {keys or 'no object'}; --field= names the key)")
 
 
 def read_text(name, stream, field=""):
-    """.txt: a document a file; .jsonl .json .csv .parquet .arrow: a document a record."""
-    if suffix(name) == ".txt":
+    """.jsonl .json .csv .parquet .arrow: a document a record; .txt and others: one a file."""
+    if suffix(name) not in RECORDS and head_of(stream).lstrip()[:1] not in ("{", "["):
         yield from text_parts(stream)
     else:
         for where, record in records(name, stream):

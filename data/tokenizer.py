@@ -219,6 +219,8 @@ def load_tokenizer(name):
     """The Tokenizer of "qwen", "gpt2", a hub id or a path: tokenizer.json or a folder with one (a
     model, a prepared set), a .tiktoken file, or a folder with vocab.json and merges.txt."""
     path = Path(name)
+    if path.is_dir() and not any((path / f).is_file() for f in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"tokenizer {name}: no tokenizer.json in this folder")
     if path.is_dir() and not (path / "vocab.json").is_file() or (path / "tokenizer.json").is_file():
         path = path / "tokenizer.json"
     if not path.exists():

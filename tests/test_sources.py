@@ -506,6 +506,26 @@ def test_a_text_without_punctuation_trains_in_linear_time():
         train_bytebpe([text], 400)  # minutes, if it were one piece
 
 
+def test_enough_is_held_out_of_a_small_set_whatever_the_order(here, tokenizer):
+    write_corpus(here / "a.jsonl", 130, "一")
+    write_corpus(here / "b.jsonl", 130, "二")
+    line = json.dumps({"messages": QA}) + "\n"
+    lines = (line.replace("\\u95ee", str(i)) for i in range(200))
+    (here / "c.jsonl").write_text("".join(lines), "utf-8")
+    val = []
+    for words in (["a.jsonl", "b.jsonl"], ["b.jsonl", "a.jsonl"]):
+        prepare.main(["text", *words, "chat", "c.jsonl", tokenizer, "--name=x", "--min_chars=1"])
+        bins = Bins("x")
+        starts, tokens = bins.starts("val"), bins.tokens("val")
+        val.append([bins.tokenizer.visible(tokens[a:b]).decode()
+                    for a, b in zip(starts, starts[1:])])
+        assert len(starts) - 1 == 20 and all("讲的是" in text for text in val[-1])  # no dialogue
+        assert bins.meta["splits"]["val"]["characters"] == sum(map(len, val[-1]))
+        whole = texts("x")
+        assert len(whole) == len(set(whole)) == books("x")["splits"]["train"]["documents"] + 20
+    assert sorted(val[0]) == sorted(val[1])
+
+
 # ---- accidents ----
 
 def test_one_compressed_file_gives_the_same_set_for_any_number_of_workers(here, tokenizer):
