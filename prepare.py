@@ -300,35 +300,42 @@ def hold_out_enough(out, keeper, tok, fraction):
     if n_val and out.starts["train"][-1] > LARGE:
         return
     few_texts = total < MIN_DOCUMENTS and keeper.kind == "text"
-    wanted = min(20, max(1, total // 20))
-    more = 0 if few_texts else max(0, min(wanted - n_val, n_train - 1))
+    more = 0 if few_texts else max(0, min(20, max(1, total // 20), total - 1) - n_val)
     held = np.argsort(np.array(keeper.train_keys), kind="stable")[:more]
     held = {int(i) for i in held if keeper.train_keys[i] < 2**64 - 1}
-    if not few_texts and n_val + len(held):
-        if not held:
-            return
-        docs, val = out.documents("train"), out.documents("val")
-        parts = [(doc[:0], doc) if i in held else (doc, doc[:0]) for i, doc in enumerate(docs)]
-        parts += [(doc[:0], doc) for doc in val]
+    if held:
+        parts = [(doc[:0], doc) if i in held else (doc, doc[:0])
+                 for i, doc in enumerate(out.documents("train"))]
+        parts += [(doc[:0], doc) for doc in out.documents("val")]
         print(f"  the share val_fraction={fraction} is {n_val} documents: {n_val + len(held)} are "
               "held out")
+    elif n_val and not few_texts:
+        return
     elif keeper.kind == "chat":
         raise UserError("one dialogue can't be split into training and validation; give more")
     else:
         docs = out.documents("train") + out.documents("val")
-        # the end token and at least four more, or half of what there is
-        cuts = [len(doc) - max(round(fraction * len(doc)), min(5, len(doc) // 2)) for doc in docs]
-        parts = [(np.append(doc[:cut], tok.eot)[:cut + (cut > 0)], doc[cut:])
-                 for doc, cut in zip(docs, cuts)]
+        parts = [cut_end(doc, fraction, tok.eot) for doc in docs]
         print(f"  few documents: the last {fraction:.1%} of each of the {len(docs)} is the "
               "validation split")
-    splits = keeper.splits
-    totals = {k: splits["train"][k] + splits["val"][k] for k in ("characters", "bytes")}
-    out.restart()
+    rewrite(out, parts, keeper.splits, tok)
+
+
+def cut_end(doc, fraction, eot):
+    """(training part, held-out part): the end token and at least four more, or half of it."""
+    cut = len(doc) - max(round(fraction * len(doc)), min(5, len(doc) // 2))
+    return np.append(doc[:cut], eot)[:cut + (cut > 0)], doc[cut:]
+
+
+def rewrite(out, parts, splits, tok):
+    """Write the set anew from (training part, held-out part) of each document; splits' counts of
+    characters and bytes follow."""
     raw = b"".join(tok.visible(part) for _, part in parts)
     held = dict(characters=len(raw.decode("utf-8", errors="ignore")), bytes=len(raw))
+    totals = {key: splits["train"][key] + splits["val"][key] for key in held}
     if not 0 < held["characters"] < totals["characters"]:
         raise UserError("there is too little text to hold any out for validation; give more")
+    out.restart()
     for split, part in zip(SPLITS, zip(*parts)):
         for ids in part:
             if len(ids):
