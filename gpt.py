@@ -10,6 +10,7 @@ Needs torch and the standard library; safetensors and huggingface_hub only where
 """
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,27 @@ class KVCache:
         self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class Cache:
+    """What a model has read: ids (B, T) or None, and a KVCache of max_len for each of its layers."""
+
+    def __init__(self, n_layer, max_len):
+        self.layers, self.ids = [KVCache(max_len) for _ in range(n_layer)], None
+
+    def rewind(self, ids):
+        """Forget what is not how ids (B, T) begin -> how many of them need not be read again.
+
+        The last id is always read: its logits are what comes next.
+        """
+        kept = 0
+        if self.ids is not None and len(self.ids) == len(ids):
+            n = min(self.ids.size(1), ids.size(1) - 1)
+            differs = (self.ids[:, :n] != ids[:, :n]).any(0).nonzero()
+            kept = int(differs[0]) if len(differs) else n
+        for layer in self.layers:
+            layer.length = kept
+        return kept
 
 
 class RMSNorm(nn.RMSNorm):
@@ -176,35 +198,36 @@ class Block(nn.Module):
 # ---- the loss ----
 
 def loss_chunk(x, weight, targets, need_grad):
-    """Loss of some rows: (sum, d/dx or None, d/dweight or None); logits live only in here."""
-    logits = F.linear(x, weight).float()  # (rows, V)
-    kept = targets >= 0
+    """Loss of some rows: (sum, d/dlogits or None); their logits live only in here."""
+    logp = F.linear(x, weight).float().log_softmax(-1)  # (rows, V)
     index = targets.clamp(min=0)[:, None]
-    lse = logits.logsumexp(-1)
-    loss = ((lse - logits.gather(1, index)[:, 0]) * kept).sum()
+    loss = -(logp.gather(1, index)[:, 0] * (targets >= 0)).sum()
     if not need_grad:
-        return loss, None, None
-    grad = logits.sub_(lse[:, None]).exp_()  # softmax, in the logits' memory
+        return loss, None
+    grad = logp.exp_()  # softmax, in the same memory
     grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
-    grad = grad.mul_(kept[:, None]).to(x.dtype)
-    return loss, grad @ weight, grad.T @ x
+    return loss, grad.to(x.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, need_grad, rows, chunk):
-        w = weight.to(x.dtype)
+        w, ignored = weight.to(x.dtype), (targets < 0)[:, None]
+        x = x.masked_fill(ignored, 0)  # cheaper here than in the logits: they add 0 to d/dweight
         loss = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if need_grad else None
-        grad_w = None
+        grad_w = torch.zeros_like(weight) if need_grad else None
         for i in range(0, len(x), rows):
-            part, gx, gw = chunk(x[i:i + rows], w, targets[i:i + rows], need_grad)
+            part, grad = chunk(x[i:i + rows], w, targets[i:i + rows], need_grad)
             loss += part
             if need_grad:
-                grad_x[i:i + rows] = gx
-                grad_w = gw.to(weight.dtype) if grad_w is None else grad_w.add_(gw)
+                torch.mm(grad, w, out=grad_x[i:i + rows])
+                if x.dtype == grad_w.dtype:
+                    grad_w.addmm_(grad.T, x[i:i + rows])  # no second matrix of its size
+                else:
+                    grad_w += grad.T @ x[i:i + rows]
         if need_grad:
-            ctx.save_for_backward(grad_x, grad_w)
+            ctx.save_for_backward(grad_x.masked_fill_(ignored, 0), grad_w)
         return loss
 
     @staticmethod
@@ -234,16 +257,31 @@ def linear_cross_entropy(x, weight, targets, logits_budget=2**26, chunk=loss_chu
 
 # ---- sampling ----
 
-def sample_next(logits, temperature, top_k, top_p, generator):
-    """Draw one id a row from logits (B, V); temperature 0 takes the likeliest -> (B,) int64."""
+def sample_next(logits, temperature, top_k, top_p, min_p, generators):
+    """Draw one id a row from logits (B, V) -> (B,) int64; temperature 0 takes the likeliest.
+
+    generators: a torch.Generator for each row, so that a row is the same in any batch; or None.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # descending
     probs = (logits / max(temperature, 1e-5)).softmax(-1)
-    # nucleus (arXiv:1904.09751): keep the fewest likeliest ids whose mass reaches top_p
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
-    choice = torch.multinomial(probs, 1, generator=generator)
+    # nucleus (arXiv:1904.09751): keep the fewest likeliest ids whose mass reaches top_p;
+    # min_p (arXiv:2407.01082): and of those the ones not that much less likely than the first
+    unlikely = (probs.cumsum(-1) - probs >= top_p) | (probs < min_p * probs[:, :1])
+    probs = probs.masked_fill(unlikely, 0.0)
+    if generators is None:
+        choice = torch.multinomial(probs, 1)
+    else:
+        choice = torch.stack([torch.multinomial(p, 1, generator=g)
+                              for p, g in zip(probs, generators)])
     return order.gather(-1, choice)[:, 0]
+
+
+def penalise(logits, seen, penalty):
+    """Divide the positive and multiply the negative logits of every id seen (B, V) bool (CTRL,
+    arXiv:1909.05858)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 # ---- Muon ----
@@ -266,6 +304,19 @@ def orthogonalize(g, steps=5):
         gram = p @ gram @ p if step < steps - 1 else None
     x = total @ x / norm2.sqrt()
     return x.mT if tall else x
+
+
+def gather(t):
+    """The whole of a matrix that fully_shard has shared among processes."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def shard_like(t, p):
+    """The part of t, whole in every process, that belongs to this one as p does."""
+    if not hasattr(p, "device_mesh"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
 
 
 class Muon(torch.optim.Optimizer):
@@ -294,10 +345,12 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state["momentum_buffer"] = torch.zeros_like(grad)
                     state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-                    directions.append(grad.lerp(state["momentum_buffer"], group["momentum"]))
+                    direction = grad.lerp(state["momentum_buffer"], group["momentum"])
+                    directions.append(gather(direction))
                 step_size = group["lr"] * 0.2 * max(shape) ** 0.5
                 for p, u in zip(params, orthogonalize(torch.stack(directions))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u * step_size)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(shard_like(u * step_size, p))
 
 
 # ---- the model ----
@@ -326,6 +379,10 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.5 / math.sqrt(p.size(1)))  # 0.018 at 768, as GPT-2's 0.02
+
+    @property
+    def device(self):
+        return self.wte.weight.device
 
     @property
     def head(self):
@@ -367,20 +424,39 @@ class GPT(nn.Module):
             x = block(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)
 
-    def forward(self, ids, targets=None, doc_ids=None, caches=None):
+    def forward(self, ids, targets=None, doc_ids=None, caches=None, last=False):
         """Logits, or the loss.
 
-        ids (B, T) int64. Without targets -> logits (B, T, vocab_size). With targets (B, T), -1 =
-        ignored -> (the SUM of the loss as float32 scalar, the number of trained tokens).
+        ids (B, T) int64. Without targets -> logits (B, T, vocab_size), with last=True only those of
+        the last position, (B, 1, vocab_size). With targets (B, T), -1 = ignored -> (the SUM of the
+        loss as float32 scalar, the number of trained tokens).
         doc_ids (B, T), non-decreasing: positions restart at every change and attention stays inside
         a document; never with caches (one KVCache a block, which T new tokens extend).
         """
         x = self.hidden(ids, doc_ids, caches)
         if targets is None:
-            return F.linear(x, self.head)
+            return F.linear(x[:, -1:] if last else x, self.head)
         loss = linear_cross_entropy(x.flatten(0, 1), self.head, targets.flatten(),
-                                    chunk=self.loss_chunk)
+                                    self.logits_budget(), self.loss_chunk)
         return loss, (targets >= 0).sum()
+
+    def logits_budget(self):
+        """Logits held at once: a GPU works best on many, a CPU on what its caches hold.
+
+        Not under 256 rows: every chunk reads and writes the whole of the head's gradient.
+        """
+        on_cpu = self.device.type == "cpu"
+        return max(2**22 if on_cpu else 2**26, 256 * self.config.vocab_size)
+
+    @torch.no_grad()
+    def grow_vocab(self, vocab_size):
+        """More ids: the new rows of embedding and head begin as the mean of the old ones."""
+        tables = [self.wte] if self.lm_head is None else [self.wte, self.lm_head]
+        for table in tables:
+            old = table.weight
+            new = old.mean(0).expand(vocab_size - len(old), -1)
+            table.weight = nn.Parameter(torch.cat((old, new)))
+        self.config.vocab_size = vocab_size
 
     def compile_parts(self):
         """torch.compile each block in place (no prefix in names) and the body of the loss."""
@@ -388,45 +464,42 @@ class GPT(nn.Module):
             block.compile()
         self.loss_chunk = torch.compile(loss_chunk)
 
-    @torch.inference_mode()
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-                 repetition_penalty=1.0, stop_ids=(), seed=None):
+    @torch.no_grad()
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+                 repetition_penalty=1.0, stop_ids=(), seed=None, cache=None):
         """Yield one (B,) int64 tensor of new ids a step, continuing ids (B, T >= 1).
 
-        top_k 0 = all; temperature 0 = greedy; repetition_penalty divides the positive and
-        multiplies the negative logits of every id seen (CTRL, arXiv:1909.05858). A row ends with
-        the first of stop_ids, which is yielded, and yields -1 from then on; all rows ended or
-        max_new_tokens reached ends it. Past block_size the last half of the context is kept and
-        read again. seed makes it reproducible.
+        temperature 0 = greedy; top_k 0 = all. A row ends with the first of stop_ids, which is
+        yielded, and yields -1 from then on; all rows ended or max_new_tokens reached ends it. Past
+        block_size the last half of the context is kept and read again. seed: one a row, or of the
+        first row, and each next row's is one more; a row draws the same in any batch. cache: a
+        Cache of block_size from the call before, so that only what is new in ids is read.
         """
-        block_size, n_ids = self.config.block_size, self.config.n_ids
-        generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=ids.device)
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        seen = torch.zeros(len(ids), n_ids, dtype=torch.bool, device=ids.device)
-        seen.scatter_(1, ids, True)
-        context, caches = ids, None
+        block_size, n_ids, device = self.config.block_size, self.config.n_ids, ids.device
+        seeds = range(seed, seed + len(ids)) if isinstance(seed, int) else seed
+        generators = seeds and [torch.Generator(device).manual_seed(s) for s in seeds]
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
+        seen = torch.zeros(len(ids), n_ids, dtype=torch.bool, device=device).scatter_(1, ids, True)
+        cache = cache or Cache(len(self.blocks), min(block_size, ids.size(1) + max_new_tokens))
+        context, unread = ids, None
         for _ in range(max_new_tokens):
             if context.size(1) > block_size:
-                context, caches = context[:, -(block_size // 2):], None
-            if caches is None:
-                longest = min(block_size, context.size(1) + max_new_tokens)
-                caches = [KVCache(longest) for _ in self.blocks]
-                x = self.hidden(context, caches=caches)
-            else:
-                x = self.hidden(context[:, -1:], caches=caches)
-            logits = F.linear(x[:, -1], self.head)[:, :n_ids].float()
+                context, unread = context[:, -(block_size // 2):], None
+            if unread is None:
+                unread = context[:, cache.rewind(context):]
+            logits = self(unread, caches=cache.layers, last=True)[:, 0, :n_ids].float()
+            cache.ids = context
             if repetition_penalty != 1.0:
-                penalised = torch.where(logits > 0, logits / repetition_penalty,
-                                        logits * repetition_penalty)
-                logits = torch.where(seen, penalised, logits)
-            new = sample_next(logits, temperature, top_k, top_p, generator)
+                logits = penalise(logits, seen, repetition_penalty)
+            new = sample_next(logits, temperature, top_k, top_p, min_p, generators)
             yield torch.where(ended, -1, new)
             ended |= torch.isin(new, stops)
             if ended.all():
                 return
             seen.scatter_(1, new[:, None], True)
-            context = torch.cat((context, new[:, None]), dim=1)
+            unread = new[:, None]
+            context = torch.cat((context, unread), dim=1)
 
     # ---- optimizers ----
 
@@ -444,7 +517,7 @@ class GPT(nn.Module):
         groups = [dict(params=rest, weight_decay=0.0)]
         if optimizer == "adamw":
             groups.append(dict(params=matrices, weight_decay=weight_decay))
-        fused = self.wte.weight.device.type in ("cuda", "cpu", "mps")
+        fused = self.device.type in ("cuda", "cpu", "mps")
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
         if optimizer == "muon":
             optimizers.append(Muon(matrices, muon_lr, weight_decay))
@@ -454,10 +527,13 @@ class GPT(nn.Module):
 
     # ---- files ----
 
-    def save_pretrained(self, folder, dtype=torch.float32, **extra):
-        """Write config.json (with extra in it) and model.safetensors, as transformers has them."""
+    def save_pretrained(self, folder, state=None, dtype=torch.float32, **extra):
+        """Write config.json (with extra in it) and model.safetensors, as transformers has them.
+
+        state: the state dict, where this process does not hold all of it (fully_shard).
+        """
         from safetensors.torch import save_file
-        folder, state, tensors = Path(folder), self.state_dict(), {}
+        folder, state, tensors = Path(folder), state or self.state_dict(), {}
         folder.mkdir(parents=True, exist_ok=True)
         for theirs, ours in hf_names(self.config):
             # transformers' GPT-2 always has biases: where ours has none they are zeros
@@ -468,6 +544,7 @@ class GPT(nn.Module):
         config = hf_config(self.config) | {"dtype": str(dtype).removeprefix("torch.")} | extra
         save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # it is made 0600
 
     @classmethod
     def from_pretrained(cls, path, dropout=0.0, block_size=0):

@@ -42,135 +42,39 @@ log_interval = 10         # steps
 eval_interval = 250       # steps between evaluations, with samples; a new best goes to best/
 eval_tokens = 262_144     # the first tokens of val.bin that are evaluated; 0 = all
 checkpoint_interval = 250
+dry_run = False           # print what the run will cost, time three steps, write nothing
+wandb_log = False         # also to wandb (pip install wandb; WANDB_MODE=offline needs no network)
+wandb_project = "xiaoyu"
+tensorboard = False       # also to out_dir/tensorboard (pip install tensorboard)
 sample_start = "数学是|长江"  # texts to continue at each evaluation, "|" between them
 # ---- machine ----
 device = "auto"           # cuda, cuda:1, mps, cpu; auto takes the first of these that is there
 dtype = "auto"            # float32, bfloat16, float16; auto: 16 bits where hardware does them
 compile = False           # torch.compile: worth its minute on a GPU
+fsdp = False              # share weights and optimizer among the processes: models past one card
 
 import json
 import math
-import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, configure, run_main
 from data.batches import TextData, tokens_per_step
-from data.bins import open_sets, replace_folder
-from data.files import write_file
-from data.tokenizer import load_tokenizer
+from data.bins import open_sets
+from engine import machine as machines
+from engine.machine import StopWish, set_up_machine, to_device
+from engine.plan import fit_micro_batch, print_plan
+from engine.rundir import (
+    SAMPLING, SHAPE, RunDir, find_checkpoint, load_base, plot_losses, restore_model)
 from gpt import GPT, GPTConfig
 
-SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
-SAMPLING = {  # small models like to go round in circles; answers have to repeat the question
-    "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
-    "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
-MANY_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
-
-
-# ---- the machine ----
-
-def choose_device(name):
-    """torch.device of a name or "auto"; under torchrun each process gets its own card."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device={name} can't be used here ({str(e).splitlines()[0]})") from e
-    return device
-
-
-def set_up_machine(cfg):
-    """Device, number type and this process's place among all -> a namespace the loop reads."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(cfg.device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all
-    if cfg.gradient_accumulation_steps % world:
-        raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} can't be "
-                        f"shared equally by {world} processes")
-    cpu_group = dist.new_group(backend="gloo") if world > 1 else None  # for what no GPU need wait
-    dtype = choose_dtype(cfg.dtype, device.type)
-    torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked of a GPU
-    return SimpleNamespace(
-        device=device, dtype=dtype, rank=rank, world=world, main=rank == 0, cpu_group=cpu_group,
-        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32))
-
-
-def choose_dtype(wanted, device_type):
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if wanted in known:
-        return known[wanted]
-    if wanted != "auto":
-        raise UserError(f"dtype={wanted} is none of auto, {', '.join(known)}")
-    if device_type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    # a CPU without bf16 instructions computes it several times slower than float32
-    native = device_type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.bfloat16 if native else torch.float32
-
-
-def to_device(tensor, device):
-    """A tensor (or None) on its way to the device, without waiting for a GPU."""
-    if tensor is None or device.type != "cuda":
-        return tensor if tensor is None else tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-# ---- the loop ----
-
-class StopWish:
-    """Ctrl-C and SIGTERM, which the loop grants where nothing is lost by it; a second one ends the
-    process at once."""
-
-    def __init__(self):
-        self.signal = 0
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-
-    def agreed(self, machine):
-        """Whether any process has it; all processes ask together, and stop together."""
-        if machine.world == 1:
-            return self.signal
-        wish = torch.tensor(self.signal)
-        dist.all_reduce(wish, dist.ReduceOp.MAX, group=machine.cpu_group)
-        self.signal = int(wish)
-        return self.signal
+TIMED_STEPS = 3  # before the first word on how long it will take; the step before them warms up
 
 
 class Trainer:
@@ -178,17 +82,15 @@ class Trainer:
 
     def __init__(self, cfg, machine, model, data, kind, checkpoint):
         self.cfg, self.machine, self.model, self.data, self.kind = cfg, machine, model, data, kind
-        self.out = Path(cfg.out_dir)
-        model.to(machine.device)
-        if cfg.compile:
-            model.compile_parts()
-        self.parallel = model if machine.world == 1 else DistributedDataParallel(
-            model, device_ids=[machine.device] if machine.device.type == "cuda" else None)
+        self.files = RunDir(cfg, kind, machine.main)
+        self.parallel = machines.parallelize(model, machine)
         self.optimizers = model.configure_optimizers(
             cfg.optimizer, cfg.learning_rate, cfg.muon_lr, cfg.weight_decay, (cfg.beta1, cfg.beta2))
         self.scaler = torch.amp.GradScaler(machine.device.type,
                                            enabled=machine.dtype == torch.float16)
         self.step, self.best, self.losses, self.resumed_at = 0, math.inf, [], -1
+        self.scores = {}
+        self.start_clock()
         self.stop = StopWish()
         if checkpoint:
             self.restore(checkpoint)
@@ -196,11 +98,11 @@ class Trainer:
     def restore(self, checkpoint):
         """Take up a checkpoint's state; rates and decay are this command's."""
         self.step = self.resumed_at = checkpoint["step"]
-        self.best = checkpoint["best"]
+        self.best = min(checkpoint["best"], self.files.best_loss())
         self.losses = list(torch.tensor(checkpoint["losses"], device=self.machine.device))
         for opt, state in zip(self.optimizers, checkpoint["optimizers"]):
             new = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
-            opt.load_state_dict(state)
+            machines.load_optimizer(opt, state)
             for group, settings in zip(opt.param_groups, new):
                 group.update(settings)
         self.scaler.load_state_dict(checkpoint["scaler"])
@@ -211,8 +113,9 @@ class Trainer:
 
     def loop(self):
         cfg = self.cfg
-        self.start_files()
-        self.mark, self.seconds, self.timed = time.time(), 0.0, 0
+        self.files.start(self.step, self.facts())
+        self.seconds, self.first = 0.0, self.step
+        self.start_clock()
         while True:
             done = self.step >= cfg.max_iters
             if self.step != self.resumed_at:  # else both were done before that checkpoint
@@ -222,15 +125,26 @@ class Trainer:
                     self.save_checkpoint()
             if done:
                 return self.finish()
-            result = None if self.stop.agreed(self.machine) else self.train_step()
-            if result is None:
+            if self.stop.agreed(self.machine) or not self.take_step():
                 return self.leave()
-            loss, self.norm = result
-            self.step += 1
-            self.timed += 1
-            self.losses.append(loss)
             if self.step % cfg.log_interval == 0 or self.step == cfg.max_iters:
                 self.log_training()
+            if self.step == self.first + 1 + TIMED_STEPS:
+                self.print_time()
+
+    def take_step(self):
+        """train_step, counted; False where it was given up."""
+        result = self.train_step()
+        if result is None:
+            return False
+        loss, self.norm = result
+        self.losses.append(loss)
+        self.step += 1
+        self.timed += 1
+        if self.step == self.first + 1:
+            machines.wait_for(self.machine.device)
+            self.warm = time.time()
+        return True
 
     def leave(self):
         """Save where the run stands, say how it goes on, and end as the signal asks for."""
@@ -250,15 +164,16 @@ class Trainer:
         for micro in micros:
             if self.stop.signal and m.world == 1:
                 return self.model.zero_grad(set_to_none=True)
+            began = time.perf_counter()
             batch = [to_device(t, m.device) for t in self.data.batch(self.step, micro)]
+            self.waited += time.perf_counter() - began
             # dropout is a function of (seed, step, micro-batch), so no random state need be saved
             torch.manual_seed(((cfg.seed * 1_000_003 + self.step) * 1_000_003 + micro) % 2**63)
-            wait = m.world > 1 and micro != micros[-1]
-            with self.parallel.no_sync() if wait else nullcontext():
-                with m.autocast():
-                    loss, _ = self.parallel(*batch)
-                # DistributedDataParallel averages over processes: world makes it the sum again
-                self.scaler.scale(loss * (m.world / n)).backward()
+            machines.share_gradients(self.parallel, micro == micros[-1])
+            with m.autocast():
+                loss, _ = self.parallel(*batch)
+            # gradients are averaged over processes: world makes that the sum again
+            self.scaler.scale(loss * (m.world / n)).backward()
             total += loss.detach()
         return total * m.world / n, self.update()
 
@@ -271,6 +186,7 @@ class Trainer:
                 group["lr"] = group["peak_lr"] * factor
         limit = self.cfg.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if self.machine.fsdp else norm
         # under float16 an overflow anywhere skips both optimizers, or one would run ahead
         if not self.scaler.is_enabled() or norm.isfinite():
             for opt in self.optimizers:
@@ -281,36 +197,34 @@ class Trainer:
             opt.zero_grad(set_to_none=True)
         return norm
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def evaluate(self):
         """Val loss over the same tokens each time, shared by all processes; the best is kept."""
         m = self.machine
         began, sums = time.time(), torch.zeros(2, dtype=torch.float64)
         self.model.eval()
-        for i, batch in enumerate(self.data.val_batches()):
-            if i % m.world == m.rank:
-                with m.autocast():
-                    loss, n = self.model(*(to_device(t, m.device) for t in batch))
-                sums += torch.tensor([loss.item(), n.item()])
+        for batch in machines.shared_out(self.data.val_batches(), m):
+            with m.autocast():
+                loss, n = self.model(*(to_device(t, m.device) for t in batch))
+            sums += torch.tensor([loss.item(), n.item()])
         if m.world > 1:
-            sums = sums.to(m.device)
-            dist.all_reduce(sums)
-        scores = self.data.scores((sums[0] / sums[1]).item())
+            dist.all_reduce(sums, group=m.cpu_group)
+        self.scores = scores = self.data.scores((sums[0] / sums[1]).item())
         better = scores["val_loss"] < self.best
         self.best = min(self.best, scores["val_loss"])
         better = better and self.step > 0  # the untrained model is only what there is to beat
-        if m.main:
-            if better:
-                self.save_model("best")
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
-            self.log(scores, f"{shown}{'  (best)' if better else ''}")
-            self.print_samples()
+        if better:
+            self.save_model("best")
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
+        self.log(scores, f"{shown}{'  (best)' if better else ''}")
+        self.print_samples()
         self.model.train()
         self.mark += time.time() - began  # speeds are of training alone
 
     def print_samples(self):
+        """Continue each prompt; a sharded model needs all processes for it."""
         tok = self.data.tokenizer
-        for shown, ids in self.data.prompts():
+        for shown, ids in self.data.prompts() if self.machine.main or self.machine.fsdp else ():
             ids = torch.tensor([ids], device=self.machine.device)
             ids = ids[:, -self.model.config.block_size:]
             with self.machine.autocast():
@@ -321,52 +235,14 @@ class Trainer:
             text = " ".join(raw.decode("utf-8", errors="ignore").split())
             print(f"    {shown} > {text}")
 
-    # ---- files ----
+    # ---- watching ----
 
-    def start_files(self):
-        """run.json, and the log cut back to the step this run starts from."""
-        if not self.machine.main:
-            return
-        if self.step == 0:
-            clear_run(self.out)
-        old = self.out / "best.old"  # killed while best/ was being replaced
-        if old.is_dir() and not (self.out / "best").exists():
-            os.replace(old, self.out / "best")
-        self.out.mkdir(parents=True, exist_ok=True)
-        log = self.out / "log.jsonl"
-        lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
-        kept = [line for line in lines if self.step and is_json_up_to(line, self.step)]
-        write_file(log, "".join(line + "\n" for line in kept))
-        self.write_run()
-        embedding, body = self.model.n_params()
-        cfg, m = self.cfg, self.machine
-        epochs = self.data.epochs(cfg.max_iters)
-        shown = ", ".join(f"{name} {n:.1f}" for name, n in epochs.items())
-        print(f"{self.out}: {self.model.config.arch}, {(embedding + body) / 1e6:.2f}M parameters "
-              f"({embedding / 1e6:.2f}M in embeddings), {m.device.type} {str(m.dtype)[6:]}, "
-              f"{m.world} process{'es' if m.world > 1 else ''}; steps {self.step:,} to "
-              f"{cfg.max_iters:,} of {tokens_per_step(cfg):,} tokens = {shown} epochs", flush=True)
-        for name, n in epochs.items():
-            if n > MANY_EPOCHS and self.kind == "base":
-                print(f"{name} will be read {n:.1f} times: past {MANY_EPOCHS} a model gains little "
-                      "and begins to recite. Take more text, fewer steps or less weight")
-
-    def write_run(self, **more):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent) if shutil.which("git") else None
-        run = dict(kind=self.kind, settings=vars(self.cfg), data=self.data.bins.fingerprint(),
-                   model=asdict(self.model.config),
-                   tokenizer=self.data.tokenizer.fingerprint, device=str(self.machine.device),
-                   dtype=str(self.machine.dtype), torch=torch.__version__,
-                   python=sys.version.split()[0],
-                   git=git.stdout.strip() if git and git.returncode == 0 else "", **more)
-        write_file(self.out / "run.json", json.dumps(run, ensure_ascii=False, indent=1) + "\n")
+    def start_clock(self):
+        self.mark, self.timed, self.waited = time.time(), 0, 0.0
 
     def log(self, values, shown):
-        entry = dict(step=self.step, tokens=self.step * tokens_per_step(self.cfg)) | values
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(entry) + "\n")
-        print(f"step {self.step:,}/{self.cfg.max_iters:,}  {shown}", flush=True)
+        tokens = dict(tokens=self.step * tokens_per_step(self.cfg))
+        self.files.log(self.step, tokens | values, shown)
 
     def log_training(self):
         """Mean loss since the last log, speed and the time to go; a GPU is waited for only here."""
@@ -375,96 +251,94 @@ class Trainer:
         speed = self.timed * tokens_per_step(self.cfg) / seconds
         left = seconds / self.timed * (self.cfg.max_iters - self.step)
         rate = self.cfg.learning_rate * lr_factor(self.step - 1, self.cfg)
-        values = dict(loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed, 1))
+        values = dict(loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed, 1),
+                      memory_gib=round(machines.peak_memory(self.machine.device) / 2**30, 3),
+                      data_wait=round(self.waited / seconds, 4))
         shown = (f"loss {loss:.4f}  lr {rate:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "
-                 f"{int(left) // 60}:{int(left) % 60:02d} to go")
-        peak = self.peak_flops()
+                 f"{clock(left)} to go")
+        peak = machines.peak_flops(self.machine)
         if peak:
             values["mfu"] = speed * self.model.flops_per_token(self.cfg.block_size) / peak
             shown += f"  mfu {values['mfu']:.1%}"
-        if self.machine.main:
-            self.log(values, shown)
+        self.log(values, shown)
         self.seconds += seconds
-        self.mark, self.timed, self.losses = time.time(), 0, []
+        self.losses = []
+        self.start_clock()
 
     def mean_loss(self):
         """Mean training loss since the last log, over all processes.
 
-        The run ends where that, or the gradient, is not finite (float16 skips such a step instead).
+        The run ends where that, or the gradient, is not finite (float16 skips such a step instead),
+        and where it is worse than twice a guess among all words.
         """
-        loss = torch.stack(self.losses).mean()
+        losses = torch.stack(self.losses)
         if self.machine.world > 1:
-            dist.all_reduce(loss)
-            loss /= self.machine.world
-        if not loss.isfinite() or not (self.scaler.is_enabled() or self.norm.isfinite()):
-            raise UserError(f"step {self.step}: the loss is {loss.item()}, the gradient norm "
-                            f"{self.norm.item()}. Lower learning_rate or muon_lr; the last "
-                            f"checkpoint in {self.out} is sound")
-        return loss.item()
+            dist.all_reduce(losses)
+            losses /= self.machine.world
+        limit = 2 * math.log(self.model.config.vocab_size)
+        sound = losses.mean() < limit and (self.scaler.is_enabled() or self.norm.isfinite())
+        if not sound:
+            bad = [i for i, loss in enumerate(losses.tolist()) if not loss < limit] or [-1]
+            step = self.step - len(losses) + range(len(losses))[bad[0]]
+            raise UserError(
+                f"step {step + 1} went wrong: loss {losses[bad[0]].item():.4g}, gradient norm at "
+                f"step {self.step} {self.norm.item():.4g}; it read {self.data.where(step)}. Lower "
+                f"learning_rate or muon_lr; the last checkpoint in {self.files.path} is sound")
+        return losses.mean().item()
 
-    def peak_flops(self):
-        """Of all cards together, where their 16-bit peak is known and used."""
-        if self.machine.device.type != "cuda" or self.machine.dtype == torch.float32:
-            return None
-        words = torch.cuda.get_device_name(self.machine.device).replace("-", " ").split()
-        peak = next((flops for card, flops in PEAK_FLOPS.items() if card in words), None)
-        return peak and peak * self.machine.world
+    def print_time(self):
+        """The time the rest will take, from the first timed steps; evaluations come on top."""
+        machines.wait_for(self.machine.device)
+        seconds = (time.time() - self.warm) / TIMED_STEPS
+        left = seconds * (self.cfg.max_iters - self.step)
+        memory = machines.peak_memory(self.machine.device) / 2**30
+        print(f"measured: {tokens_per_step(self.cfg) / seconds:,.0f} tokens/s"
+              f"{f', {memory:.2f} GiB a process' * (memory > 0)}; {clock(left)} to finish",
+              flush=True)
+
+    def dry_run(self):
+        """Time a few steps and forget them."""
+        self.first = self.step
+        self.start_clock()
+        for _ in range(1 + TIMED_STEPS):
+            self.take_step()
+        self.mean_loss()
+        self.print_time()
+        print("dry_run: nothing was written")
+
+    # ---- files ----
+
+    def facts(self, **more):
+        """What run.json tells of this run beside its settings."""
+        return dict(data=self.data.bins.fingerprint(), model=asdict(self.model.config),
+                    tokenizer=self.data.tokenizer.fingerprint, device=str(self.machine.device),
+                    dtype=str(self.machine.dtype), processes=self.machine.world, **more)
 
     def save_checkpoint(self):
-        """ckpt_step_<step>.pt, whole or not at all; the newest two are kept."""
+        """All that the next step depends on, but for what (seed, step) decide."""
         if self.losses:
             self.mean_loss()  # what is not finite is not kept
-        if not self.machine.main:
-            return
-        path = self.out / f"ckpt_step_{self.step}.pt"
-        part = Path(f"{path}.part")
-        state = dict(
+        state = dict(model=self.model.state_dict(),
+                     optimizers=[opt.state_dict() for opt in self.optimizers])
+        self.files.save_checkpoint(machines.whole(state, self.machine.main) | dict(
             step=self.step, best=self.best, losses=[loss.item() for loss in self.losses],
-            cfg=vars(self.cfg), data=self.data.bins.fingerprint(), model=self.model.state_dict(),
-            model_config=asdict(self.model.config), scaler=self.scaler.state_dict(),
-            optimizers=[opt.state_dict() for opt in self.optimizers])
-        with whole_or_nothing(part), open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-        for old in checkpoint_files(self.out)[2:]:
-            old.unlink()
+            cfg=vars(self.cfg), data=self.data.bins.fingerprint(),
+            model_config=asdict(self.model.config), scaler=self.scaler.state_dict()))
 
     def save_model(self, name):
-        """best/ or final/: what transformers, vLLM and sample.py load."""
-        part, tok, chat = self.out / f"{name}.part", self.data.tokenizer, self.kind == "chat"
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-        ids = dict(bos_token_id=tok.eot, pad_token_id=tok.eot,
-                   eos_token_id=[tok.im_end, tok.eot] if chat else tok.eot)
-        generation = ids | dict(do_sample=True) | SAMPLING[self.kind]
-        with whole_or_nothing(part):
-            self.model.save_pretrained(part, **ids)
-            tok.save(part, chat)
-            write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
-            replace_folder(part, self.out / name)
+        weights = machines.whole(self.model.state_dict(), self.machine.main)
+        self.files.save_model(name, self.model, weights, self.data.tokenizer, self.scores)
 
     def finish(self):
+        self.save_model("final")
         if self.machine.main:
-            self.save_model("final")
             trained = (self.step - max(self.resumed_at, 0)) * tokens_per_step(self.cfg)
-            self.write_run(finished=self.step, best_val_loss=self.best,
-                           tokens_per_second=round(trained / max(self.seconds, 1e-9), 1))
-            plot_losses(self.out)
+            self.files.write_facts(self.facts(
+                finished=self.step, best_val_loss=self.best,
+                tokens_per_second=round(trained / max(self.seconds, 1e-9), 1)))
+            plot_losses(self.files.path)
         if self.machine.world > 1:
             dist.destroy_process_group()
-
-
-@contextmanager
-def whole_or_nothing(part):
-    """Remove the file or folder `part` if writing it fails, and say so in one line."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{part} can't be written ({reason}). Is the disk full? The checkpoint "
-                        "before is sound; the same command goes on from it") from e
 
 
 def lr_factor(step, cfg):
@@ -476,131 +350,14 @@ def lr_factor(step, cfg):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def is_json_up_to(line, step):
-    """Whether a line of log.jsonl is whole and not later than step."""
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
+def clock(seconds):
+    """Hours, minutes and seconds as a watch shows them."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def plot_losses(out):
-    """loss.png from log.jsonl, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no loss.png: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "train"), ("val_loss", "val")):
-        points = [(e["tokens"], e[key]) for e in entries if key in e and "tokens" in e]
-        axes.plot(*zip(*points), label=label) if points else None
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.legend()
-    figure.savefig(out / "loss.part.png", dpi=120)
-    plt.close(figure)
-    os.replace(out / "loss.part.png", out / "loss.png")
-
-
-# ---- starting and going on ----
-
-def checkpoint_files(out):
-    """Checkpoints of a run, the newest first."""
-    files = [p for p in Path(out).glob("ckpt_step_*.pt") if p.stem[10:].isdigit()]
-    return sorted(files, key=lambda p: -int(p.stem[10:]))
-
-
-def clear_run(out):
-    """Remove what an earlier run left in out."""
-    for name in ("best", "best.old", "best.part", "final", "final.part"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for file in [*out.glob("ckpt_step_*"), out / "log.jsonl", out / "run.json", out / "loss.png"]:
-        file.unlink(missing_ok=True)
-
-
-def find_checkpoint(cfg, bins):
-    """The newest sound checkpoint of out_dir if this command goes on with it, else None."""
-    out = Path(cfg.out_dir)
-    files = [] if cfg.overwrite else checkpoint_files(out)
-    if files and cfg.init_from == "scratch":
-        raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")
-    for file in files:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            missing = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers",
-                       "scaler", "data"} - checkpoint.keys()
-            if missing:
-                raise KeyError(*missing)
-        except Exception as e:  # a file cut short raises almost anything
-            print(f"{file} is damaged ({type(e).__name__}); trying the one before", file=sys.stderr)
-            continue
-        check_resumable(cfg, bins, checkpoint, file)
-        print(f"going on from {file}")
-        return checkpoint
-    if files:
-        raise UserError(f"{out}: every checkpoint is damaged. Start anew: --overwrite")
-    if (out / "final").is_dir() and not cfg.overwrite:
-        raise UserError(f"{out} holds a finished model and no checkpoint to go on from. Choose "
-                        "another --out_dir, or add --overwrite")
-    return None
-
-
-def check_resumable(cfg, bins, checkpoint, file):
-    """Refuse to go on with another model, other data, another seed or other steps."""
-    old, new = checkpoint["cfg"], vars(cfg) | dict(data=bins.fingerprint())
-    old["data"] = checkpoint["data"]
-    shape = SHAPE if new["init_from"] in ("auto", "scratch") else ("block_size",)
-    for settings in (old, new):
-        settings["init_from"] = settings["init_from"].replace("scratch", "auto")
-        settings["rows per step"] = settings["batch_size"] * settings["gradient_accumulation_steps"]
-    for name in ("data", "seed", "optimizer", "init_from", "rows per step", *shape):
-        if name in new and new[name] != old[name]:
-            raise UserError(f"{file} was made with {name}={old[name]}, not {new[name]}. "
-                            "Choose another --out_dir for a new run, or --overwrite this one")
-
-
-def load_model(path, dropout=0.0, block_size=0):
-    """(GPT, Tokenizer) of a model folder or hub id; what is wrong with it becomes one line."""
-    if (Path(path) / "best" / "config.json").is_file():
-        raise UserError(f"{path} is a run; its models are {path}/best and {path}/final")
-    if not Path(path).exists() and (path.count("/") > 1 or Path(path).parent.is_dir()
-                                    and "/" in path):
-        raise UserError(f"{path}: no such folder, and not a hub id like Qwen/Qwen3-0.6B")
-    try:
-        model = GPT.from_pretrained(path, dropout, block_size)
-    except (OSError, ValueError, RuntimeError, OverflowError) as e:
-        hint = "" if Path(path).exists() else (
-            ". No such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path} can't be loaded: {reason}{hint}") from e
-    tok = load_tokenizer(path)
-    if tok.n_ids > model.config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tok.n_ids} ids, its model "
-                        f"{model.config.vocab_size}")
-    model.config.n_ids = min(model.config.n_ids, tok.n_ids)
-    return model, tok
-
-
-def load_base(path, bins, dropout, block_size=0):
-    """The model to start from, which must have the tokenizer that made bins."""
-    model, tok = load_model(path, dropout, block_size)
-    if tok.fingerprint != bins.tokenizer.fingerprint:
-        ours, theirs = bins.tokenizer.fingerprint[:8], tok.fingerprint[:8]
-        raise UserError(f"{bins.folder} was made with another tokenizer (sha256 {ours}) than "
-                        f"{path} has ({theirs}). Prepare it again with --tokenizer={path}")
-    return model
-
-
-def restore_model(cfg, checkpoint):
-    """The checkpoint's model, with this command's dropout."""
-    model = GPT(GPTConfig(**checkpoint["model_config"] | dict(dropout=cfg.dropout)))
-    model.load_state_dict(checkpoint["model"])
-    return model
-
+# ---- starting ----
 
 def make_model(cfg, bins):
     """A new model for bins, or the one init_from names."""
@@ -640,7 +397,7 @@ def check_settings(cfg, words):
 
 
 def train(cfg, make_model, make_data, kind):
-    """Train to cfg.max_iters; False if that was done already.
+    """Train to cfg.max_iters; False if that was done already, or only tried.
 
     make_model(cfg, bins) is called for a new run only, then make_data(cfg, bins, model) for the
     batches; kind is "base" or "chat".
@@ -648,15 +405,32 @@ def train(cfg, make_model, make_data, kind):
     machine = set_up_machine(cfg)
     bins = open_dataset(cfg.dataset, machine)
     checkpoint = find_checkpoint(cfg, bins)
-    done = checkpoint and checkpoint["step"] >= cfg.max_iters
-    if done and (Path(cfg.out_dir) / "final").is_dir():
-        print(f"{cfg.out_dir} is finished at step {checkpoint['step']:,}. "
+    step = checkpoint["step"] if checkpoint else 0
+    if machines.largest(step, machine) != -machines.largest(-step, machine):
+        raise UserError(f"{cfg.out_dir} is not the same for all processes: it must lie on a file "
+                        "system that all machines share")
+    if step >= cfg.max_iters and (Path(cfg.out_dir) / "final").is_dir():
+        print(f"{cfg.out_dir} is finished at step {step:,}. "
               "A larger --max_iters goes on; --overwrite begins anew")
         return False
     torch.manual_seed(cfg.seed)
     model = restore_model(cfg, checkpoint) if checkpoint else make_model(cfg, bins)
-    Trainer(cfg, machine, model, make_data(cfg, bins, model), kind, checkpoint).run()
-    return True
+    data = make_data(cfg, bins, model)
+    try:
+        print_plan(cfg, machine, model, data, step, kind)
+        model.to(machine.device)
+        if cfg.compile:
+            model.compile_parts()
+        fit_micro_batch(cfg, machine, model, data)
+        trainer = Trainer(cfg, machine, model, data, kind, checkpoint)
+        trainer.dry_run() if cfg.dry_run else trainer.run()
+    except RuntimeError as e:
+        if not machines.is_out_of_memory(e):
+            raise
+        raise UserError(f"{machine.device} is out of memory: halve batch_size={cfg.batch_size} and "
+                        f"double gradient_accumulation_steps={cfg.gradient_accumulation_steps}; "
+                        "the same command goes on from the last checkpoint") from e
+    return not cfg.dry_run
 
 
 def open_dataset(name, machine):

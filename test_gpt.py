@@ -1,5 +1,6 @@
 """The laws of the model, and of the road from raw text to a chat model."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import GPT, GPTConfig, linear_cross_entropy
+from gpt import GPT, Cache, GPTConfig, linear_cross_entropy
 
 ROOT = Path(__file__).parent
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
@@ -245,17 +246,47 @@ def test_sampling_repeats_with_its_seed_and_stays_within_the_ids():
     assert draw[0].max() < 250 and len(draw[0].unique()) > 200
 
 
-def test_top_k_and_top_p_keep_the_likeliest():
+def test_top_k_top_p_and_min_p_keep_the_likeliest():
     from gpt import sample_next
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(2000, -1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(sample_next(logits, 1.0, 2, 1.0, generator).tolist()) == {1, 2}
+    generators = [torch.Generator().manual_seed(i) for i in range(2000)]
+
+    def draw(top_k, top_p, min_p=0.0):
+        return sample_next(logits, 1.0, top_k, top_p, min_p, generators)
+    assert set(draw(2, 1.0).tolist()) == {1, 2}
     p = logits[0].softmax(-1)
     mass = (p[1] + p[2]).item() + 0.01
-    assert set(sample_next(logits, 1.0, 0, mass, generator).tolist()) == {1, 2, 3}
-    assert set(sample_next(logits, 1.0, 0, 0.01, generator).tolist()) == {1}
-    share = (sample_next(logits, 1.0, 0, 1.0, generator) == 1).float().mean()
+    assert set(draw(0, mass).tolist()) == {1, 2, 3}
+    assert set(draw(0, 0.01).tolist()) == {1}
+    assert set(draw(0, 1.0, math.exp(-1.01)).tolist()) == {1, 2}
+    share = (draw(0, 1.0) == 1).float().mean()
     assert share.item() == pytest.approx(p[1].item(), abs=0.05)
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch():
+    model = make("qwen3")
+    ids = random_ids(model, 1, 9)
+    batch = torch.stack(list(model.generate(ids.expand(4, -1), 30, seed=7)), dim=1)
+    alone = [torch.stack(list(model.generate(ids, 30, seed=7 + i)), dim=1)[0] for i in range(4)]
+    assert torch.equal(batch, torch.stack(alone)) and len({tuple(r.tolist()) for r in batch}) == 4
+
+
+@both
+def test_a_cache_kept_between_turns_changes_nothing_and_saves_reading(arch):
+    model = make(arch, block_size=64)
+    cache, read, ids = Cache(len(model.blocks), 64), [], random_ids(model, 1, 9)
+    model.register_forward_hook(lambda m, args, out: read.append(args[0].size(1)))
+    for turn in range(6):  # the last ones run past the context
+        del read[:]
+        kept = torch.stack(list(model.generate(ids, 8, temperature=0, cache=cache)), dim=1)
+        if 0 < turn < 4:
+            assert read[0] == 6  # the five new ids, and the last one drawn
+        plain = torch.stack(list(model.generate(ids, 8, temperature=0)), dim=1)
+        assert torch.equal(kept, plain)
+        ids = torch.cat((ids, kept, random_ids(model, 1, 5)), dim=1)
+    ids[0, 3] += 1  # another beginning
+    kept = torch.stack(list(model.generate(ids[:, :20], 8, temperature=0, cache=cache)))
+    assert torch.equal(kept, torch.stack(list(model.generate(ids[:, :20], 8, temperature=0))))
 
 
 def test_repetition_penalty_equals_that_of_transformers():

@@ -9,7 +9,7 @@ block_size = 256
 batch_size = 8
 gradient_accumulation_steps = 32  # 8 * 32 * 256 = 65,536 tokens a step
 optimizer = "adamw"
-learning_rate = 6e-4              # 1e-5 as peak reached 8.71 where 1e-3 reached 7.44
+learning_rate = 6e-4              # at 192 wide 2e-3 was best of 1, 2, 3, 6e-3; less as width grows
 min_lr = 6e-5
 warmup_iters = 200
 max_iters = 10_000                # 655M tokens

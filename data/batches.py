@@ -23,6 +23,12 @@ def step_rows(cfg, step, micro):
     return range(first, first + cfg.batch_size)
 
 
+def rows_of_step(cfg, step):
+    """Numbers, in the whole run, of all rows of a step."""
+    n = cfg.batch_size * cfg.gradient_accumulation_steps
+    return range(step * n, (step + 1) * n)
+
+
 class Shuffle:
     """Item i of an endless reading of n items: each epoch all of them, in a fresh order."""
 
@@ -87,19 +93,29 @@ class TextData:
                                 f"a window of block_size={cfg.block_size} and its shift")
             self.orders.append(Shuffle(windows, cfg.seed))
 
-    def window(self, i):
-        """The block_size + 1 tokens of the i-th sample of the whole run."""
+    def place(self, i):
+        """(number of the set, first token) of the i-th sample of the whole run."""
         k, i = self.deck.at(i)
         window, chance = self.orders[k].at(i)
-        T = self.cfg.block_size
-        start = window * T + int(chance * T)
-        return self.train[k][start:start + T + 1]
+        return k, window * self.cfg.block_size + int(chance * self.cfg.block_size)
+
+    def window(self, i):
+        """The block_size + 1 tokens of the i-th sample of the whole run."""
+        k, start = self.place(i)
+        return self.train[k][start:start + self.cfg.block_size + 1]
 
     def batch(self, step, micro):
         """ids, targets (batch_size, block_size) and no doc_ids, of one global micro-batch."""
         windows = [self.window(i).astype(np.int64) for i in step_rows(self.cfg, step, micro)]
         rows = torch.from_numpy(np.stack(windows))  # (batch_size, block_size + 1)
         return rows[:, :-1], rows[:, 1:], None
+
+    def where(self, step):
+        """Where the tokens of a step come from, for a message: places in the sets' train.bin."""
+        rows = rows_of_step(self.cfg, step)
+        places = [self.place(i) for i in rows[:8]]
+        shown = ", ".join(f"{self.parts[k][0].folder.name}[{start}]" for k, start in places)
+        return f"windows {shown}" + (f" and {len(rows) - 8:,} more" if len(rows) > 8 else "")
 
     def n_trained(self, step):
         """Trained tokens of a whole step."""

@@ -44,3 +44,15 @@ def place(demo, tmp_path):
     for name in ("demo", "demo_chat"):
         (tmp_path / "data" / name).symlink_to(demo / "data" / name)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def base(demo, tmp_path_factory):
+    """A folder with the demo sets and a finished tiny base run in out/tiny; do not write in it."""
+    from test_road import train
+    place = tmp_path_factory.mktemp("base")
+    (place / "data").mkdir()
+    for name in ("demo", "demo_chat"):
+        (place / "data" / name).symlink_to(demo / "data" / name)
+    train(place, "--out_dir=out/tiny", "--block_size=128", "--max_iters=12")
+    return place

@@ -1,4 +1,5 @@
 """The laws of the road: training that resumes exactly, fine-tuning, sampling, plain refusals."""
+import itertools
 import json
 import math
 import shlex
@@ -16,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pretrain
+import sample
 import sft
 from config import UserError, configure
 from data.batches import DECK, Deck, TextData
 from data.bins import Bins, open_sets
-from gpt import GPT
+from engine.rundir import SAMPLING, checkpoint_files
+from gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)
 TINY = ["--dataset=demo", "--arch=qwen3", "--n_layer=2", "--n_head=2", "--n_embd=32",
@@ -56,17 +59,6 @@ def train(place, *words):
     return done
 
 
-@pytest.fixture(scope="module")
-def base(demo, tmp_path_factory):
-    """A folder with the demo sets and a finished tiny base run in out/tiny."""
-    place = tmp_path_factory.mktemp("base")
-    (place / "data").mkdir()
-    for name in ("demo", "demo_chat"):
-        (place / "data" / name).symlink_to(demo / "data" / name)
-    train(place, "--out_dir=out/tiny", "--block_size=128", "--max_iters=12")
-    return place
-
-
 # ---- pretraining ----
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -96,7 +88,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_exactly(number, 
     said = process.communicate()[0]
     assert process.returncode == code and "stopped at step" in said, said
     assert shlex.split(said.partition("Go on with:  python ")[2])[1:] == words
-    (saved,) = pretrain.checkpoint_files(place / "out/b")
+    (saved,) = checkpoint_files(place / "out/b")
     assert "going on from" in train(place, *words[-2:]).stdout and int(saved.stem[10:]) >= 8
     assert weights(place / "out/a") == weights(place / "out/b")
     assert curve(place / "out/a") == curve(place / "out/b")
@@ -112,20 +104,20 @@ def test_two_processes_stop_together(place):
     process.send_signal(signal.SIGTERM)  # torchrun passes it to both
     said = process.communicate(timeout=120)[0]
     assert "stopped at step" in said
-    (saved,) = pretrain.checkpoint_files(place / "out/two")
+    (saved,) = checkpoint_files(place / "out/two")
     assert torch.load(saved, weights_only=True)["step"] == int(saved.stem[10:])
 
 
 def test_a_checkpoint_cut_short_gives_way_to_the_one_before(place):
     train(place, "--out_dir=out/a")
     shutil.copytree(place / "out/a", place / "out/b")
-    newest, older = pretrain.checkpoint_files(place / "out/b")
+    newest, older = checkpoint_files(place / "out/b")
     newest.write_bytes(newest.read_bytes()[:-1000])
     done = train(place, "--out_dir=out/b")
     assert newest.name in done.stderr and "damaged" in done.stderr
     assert f"going on from out/b/{older.name}" in done.stdout.replace("\\", "/")
     assert weights(place / "out/a") == weights(place / "out/b")
-    for file in pretrain.checkpoint_files(place / "out/b"):
+    for file in checkpoint_files(place / "out/b"):
         file.write_bytes(b"")
     one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/b"), "every checkpoint is damaged")
 
@@ -140,7 +132,7 @@ def test_a_finished_run_says_so_and_may_be_made_longer(base, place):
 
 def test_only_two_checkpoints_are_kept_and_the_models_load(base):
     out = base / "out/tiny"
-    assert [f.name for f in pretrain.checkpoint_files(out)] == ["ckpt_step_12.pt", "ckpt_step_9.pt"]
+    assert [f.name for f in checkpoint_files(out)] == ["ckpt_step_12.pt", "ckpt_step_9.pt"]
     assert not list(out.glob("*.part"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     for name in ("best", "final"):
@@ -311,7 +303,18 @@ def test_packing_holds_every_item_once_and_overfills_no_row():
     rows = sft.pack(lengths, 128)
     assert sorted(i for row in rows for i in row) == list(range(500))
     sums = [sum(lengths[i] for i in row) for row in rows]
-    assert max(sums) <= 128 and sum(sums) / (len(rows) * 128) > 0.98
+    assert max(sums) <= 128 and sum(sums) / (len(rows) * 128) > 0.985
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 60))
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_packing_any_lengths_holds_every_item_once(lengths, size):
+    rows = sft.pack(lengths, size)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= size for row in rows)
+    some = sorted(lengths[:8])[::-1]
+    sums = {sum(c) for k in range(9) for c in itertools.combinations(some, k)}
+    assert sum(sft.fill(size, some)) == max(s for s in sums if s <= size)
 
 
 def test_packed_rows_train_exactly_the_answers(demo):
@@ -321,18 +324,34 @@ def test_packed_rows_train_exactly_the_answers(demo):
     trained = []
     for n in range(len(data.rows["train"])):
         x, y, doc_ids = data.row("train", n)
-        assert len(x) == 128 and (np.diff(doc_ids) >= 0).all()
+        assert len(x) == data.fills["train"][n] <= 128 and (np.diff(doc_ids) >= 0).all()
         for k in range(doc_ids.max() + 1):
             a, b = np.flatnonzero(doc_ids == k)[[0, -1]]
-            if (y[a:b + 1] >= 0).any():
-                assert x[a] == tok.im_start
-                kept = y[a:b + 1] >= 0
-                assert (y[a:b][kept[:-1]] == x[a + 1:b + 1][kept[:-1]]).all()
+            kept = y[a:b + 1] >= 0
+            assert x[a] == tok.im_start and kept.any()
+            assert (y[a:b][kept[:-1]] == x[a + 1:b + 1][kept[:-1]]).all()
         trained.append(y[y >= 0])
     want = [ids[tok.trained(ids)] for ids in data.dialogues["train"]]
     assert sorted(np.concatenate(trained)) == sorted(np.concatenate(want))
-    n = data.n_trained(3)
-    assert n == sum(int((data.batch(3, m)[1] >= 0).sum()) for m in range(4)) and n > 0
+
+
+def test_an_epoch_of_dialogues_is_every_row_once_and_hardly_padded(demo):
+    data = sft.ChatData(Bins("demo_chat", demo / "data"), chat_settings())
+    rows = np.concatenate([data.steps[data.order.at(s)[0]] for s in range(len(data.steps))])
+    assert sorted(rows) == list(range(len(data.rows["train"])))
+    filled = total = 0
+    for step in range(len(data.steps)):
+        micros = [data.batch(step, micro) for micro in range(4)]
+        assert data.n_trained(step) == sum(int((y >= 0).sum()) for _, y, _ in micros) > 0
+        total += sum(x.numel() for x, _, _ in micros)
+        filled += sum(int(data.fills["train"][n]) for n in data.steps[data.order.at(step)[0]])
+    assert 0.98 < filled / total <= 1
+    ids, targets, doc_ids = data.stack("train", [])  # a micro-batch that gets no row
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=4096, block_size=128, n_layer=1, n_head=1, n_embd=8))
+    loss, n = model(ids, targets, doc_ids)
+    loss.backward()
+    assert n == 0 and loss == 0 and all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_long_dialogue_is_cut_behind_a_message_or_dropped(demo):
@@ -402,16 +421,27 @@ def test_a_text_longer_than_the_context_is_cut_and_said(base, tmp_path):
 
 
 def test_streamed_text_equals_the_text_decoded_at_once(base):
-    import sample
     cfg = configure(sample.__file__, [f"--model={base / 'out/tiny/best'}"], files=False)[0]
     model, tok = sample.load(cfg)
     ids = tok.encode("数学")
-    text = "".join(sample.stream(model, tok, ids, cfg, 1, {tok.eot}))
-    new = [t.item() for t in model.generate(torch.tensor([ids]), 256, seed=1, stop_ids=[tok.eot],
-                                            **pretrain.SAMPLING["base"])]
-    whole = tok.decode_bytes([i for i in new if i != tok.eot])
+    text = "".join(sample.stream(model, tok, ids, cfg, 1))
+    ends = (tok.eot, tok.im_end, tok.im_start)
+    new = [t.item() for t in model.generate(torch.tensor([ids]), 256, seed=1, stop_ids=ends,
+                                            **SAMPLING["base"])]
+    whole = tok.decode_bytes([i for i in new if i not in ends])
     assert "\ufffd" in whole.decode("utf-8", errors="replace")  # an untrained model leaves some
     assert text == whole.decode("utf-8", errors="ignore")
+
+
+@given(st.text("ab停", max_size=12), st.lists(st.text("ab停", min_size=1, max_size=4), max_size=3))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_text_ends_before_the_first_stop_however_it_is_cut(text, stops):
+    raw = text.encode()
+    shown = "".join(sample.visible([raw[i:i + 1] for i in range(len(raw))], stops))
+    ends = [text.find(s, 0) + len(s) for s in stops if s in text]
+    first = min(ends, default=0)  # the stop that is complete first
+    found = [text.find(s) for s in stops if s in text[:first]]
+    assert shown == (text[:min(found)] if found else text)
 
 
 # ---- refusals ----

@@ -1,0 +1,235 @@
+"""The machine a run is on: device, number type, processes, and what they do together.
+
+A namespace from set_up_machine tells the loop all it needs to know; with one process every function
+here that speaks of many does nothing.
+"""
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
+
+
+# ---- one process ----
+
+def choose_device(name):
+    """torch.device of a name or "auto"; under torchrun each process gets its own card."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device={name} can't be used here ({str(e).splitlines()[0]})") from e
+    return device
+
+
+def choose_dtype(wanted, device_type):
+    if wanted in DTYPES:
+        return DTYPES[wanted]
+    if wanted != "auto":
+        raise UserError(f"dtype={wanted} is none of auto, {', '.join(DTYPES)}")
+    if device_type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    # a CPU without bf16 instructions computes it several times slower than float32
+    native = device_type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if native else torch.float32
+
+
+def to_device(tensor, device):
+    """A tensor (or None) on its way to the device, without waiting for a GPU."""
+    if tensor is None or device.type != "cuda":
+        return tensor if tensor is None else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def wait_for(device):
+    """Let a GPU finish what it was given, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_flops(machine):
+    """Of all cards together, where their 16-bit peak is known and used; else None."""
+    if machine.device.type != "cuda" or machine.dtype == torch.float32:
+        return None
+    words = torch.cuda.get_device_name(machine.device).replace("-", " ").split()
+    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in words), None)
+    return peak and peak * machine.world
+
+
+def peak_memory(device):
+    """The most bytes this process has held so far: of the card, or of main memory; 0 = unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device):
+    """Bytes this process may still take on the device; 0 = unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows, macOS
+        return 0
+
+
+def is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+# ---- several processes ----
+
+def set_up_machine(cfg):
+    """Device, number type and this process's place among all -> a namespace the loop reads."""
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= rank < world:
+            raise ValueError
+    except ValueError as e:
+        raise UserError(f"RANK={os.environ.get('RANK')} of WORLD_SIZE="
+                        f"{os.environ.get('WORLD_SIZE')}: torchrun sets both, nobody else") from e
+    device = choose_device(cfg.device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all
+    if cfg.gradient_accumulation_steps % world:
+        raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} can't be "
+                        f"shared equally by {world} processes")
+    dtype = choose_dtype(cfg.dtype, device.type)
+    if cfg.fsdp and (world == 1 or dtype == torch.float16):
+        raise UserError("fsdp shares a model among the processes of torchrun, in bfloat16 or "
+                        f"float32; this is {world} process{'es' * (world > 1)}, {str(dtype)[6:]}")
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked of a GPU
+    return SimpleNamespace(
+        device=device, dtype=dtype, rank=rank, world=world, main=rank == 0, fsdp=cfg.fsdp,
+        cpu_group=dist.new_group(backend="gloo") if world > 1 else None,  # no GPU waits for it
+        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32))
+
+
+def largest(number, machine):
+    """The largest of an integer over all processes, which ask together; no GPU waits."""
+    if machine.world == 1:
+        return number
+    shared = torch.tensor(number)
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=machine.cpu_group)
+    return int(shared)
+
+
+def shared_out(batches, machine):
+    """This process's part of batches, (ids, targets, doc_ids) each, as many for every process.
+
+    Where they don't come out even, the last is read again with nothing to predict: a sharded model
+    computes only when all processes do.
+    """
+    group = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == machine.world:
+            yield group[machine.rank]
+            group = []
+    if group:
+        ids, _, doc_ids = group[-1]
+        blank = (ids, torch.full_like(ids, -1), doc_ids)
+        yield group[machine.rank] if machine.rank < len(group) else blank
+
+
+def parallelize(model, machine):
+    """The module to train with: it leaves in .grad the mean over all processes."""
+    if machine.world == 1:
+        return model
+    if not machine.fsdp:
+        return DistributedDataParallel(
+            model, device_ids=[machine.device] if machine.device.type == "cuda" else None,
+            gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    # autocast would cast the blocks' weights anyway: casting first halves what is sent
+    half = machine.dtype if machine.dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model)  # wte, wpe, the last norm and the head, used at both ends
+
+
+def share_gradients(parallel, now):
+    """Whether the next backward averages gradients, or they wait for a later micro-batch."""
+    if isinstance(parallel, DistributedDataParallel):
+        parallel.require_backward_grad_sync = now  # all that its no_sync() does
+    elif hasattr(parallel, "set_requires_gradient_sync"):
+        parallel.set_requires_gradient_sync(now)
+
+
+def whole(tree, keep=True):
+    """A state dict with its sharded tensors gathered on the CPU, which all processes do together.
+
+    Those without `keep` get None for them. The file written from it is the same for one process,
+    DistributedDataParallel and fully_shard, and is read back on any number of processes.
+    """
+    if isinstance(tree, dict):
+        return {key: whole(value, keep) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(whole(value, keep) for value in tree)
+    if not hasattr(tree, "full_tensor"):
+        return tree
+    full = tree.full_tensor()
+    return full.cpu() if keep else None
+
+
+def load_optimizer(optimizer, state):
+    """Optimizer.load_state_dict of whole tensors, each sharded as its parameter is."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state["state"].items():
+        p = params[i]
+        for name, value in values.items():
+            if hasattr(p, "device_mesh") and value.shape == p.shape:
+                from torch.distributed.tensor import distribute_tensor
+                values[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
+                                                 src_data_rank=None)  # every process has read it
+    optimizer.load_state_dict(state)
+
+
+class StopWish:
+    """Ctrl-C and SIGTERM, which the loop grants where nothing is lost by it; a second one ends the
+    process at once."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def agreed(self, machine):
+        """Whether any process has it; all processes ask together, and stop together."""
+        self.signal = largest(self.signal, machine)
+        return self.signal

@@ -1,0 +1,282 @@
+"""out/<name>/: a run's checkpoints, models, log and curve, and finding the way back into it.
+
+Every file appears whole or not at all; a killed run leaves nothing that the next start trusts.
+"""
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from config import UserError
+from data.bins import replace_folder
+from data.files import write_file
+from data.tokenizer import load_tokenizer
+from gpt import GPT, GPTConfig
+
+SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
+SAMPLING = {  # small models like to go round in circles; answers have to repeat the question
+    "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
+    "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
+
+
+class RunDir:
+    """Writes out_dir; in every process but the main one it does nothing."""
+
+    def __init__(self, cfg, kind, main):
+        self.cfg, self.kind, self.main = cfg, kind, main
+        self.path, self.trackers = Path(cfg.out_dir), []
+
+    def start(self, step, facts):
+        """run.json, and the log cut back to the step this run starts from."""
+        if not self.main:
+            return
+        if step == 0:
+            clear_run(self.path)
+        old = self.path / "best.old"  # killed while best/ was being replaced
+        if old.is_dir() and not (self.path / "best").exists():
+            os.replace(old, self.path / "best")
+        self.path.mkdir(parents=True, exist_ok=True)
+        log = self.path / "log.jsonl"
+        lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
+        kept = [line for line in lines if step and is_json_up_to(line, step)]
+        write_file(log, "".join(line + "\n" for line in kept))
+        self.write_facts(facts)
+        self.trackers = open_trackers(self.cfg, self.path)
+
+    def write_facts(self, facts):
+        """run.json: settings, versions and data, from which the run could be made again."""
+        if not self.main:
+            return
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent) if shutil.which("git") else None
+        facts = dict(kind=self.kind, settings=vars(self.cfg), torch=torch.__version__,
+                     python=sys.version.split()[0],
+                     git=git.stdout.strip() if git and git.returncode == 0 else "") | facts
+        write_file(self.path / "run.json", json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
+
+    def log(self, step, values, shown):
+        """A line of log.jsonl, of the trackers, and `shown` for the person watching."""
+        if not self.main:
+            return
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(dict(step=step) | values) + "\n")
+        for track in self.trackers:
+            track(step, values)
+        print(f"step {step:,}/{self.cfg.max_iters:,}  {shown}", flush=True)
+
+    def save_checkpoint(self, state):
+        """ckpt_step_<step>.pt; the newest two are kept."""
+        if not self.main:
+            return
+        path = self.path / f"ckpt_step_{state['step']}.pt"
+        part = Path(f"{path}.part")
+        with whole_or_nothing(part), open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        for old in checkpoint_files(self.path)[2:]:
+            old.unlink()
+
+    def save_model(self, name, model, weights, tok, scores):
+        """best/ or final/: what transformers, vLLM and sample.py load."""
+        if not self.main:
+            return
+        part, chat = self.path / f"{name}.part", self.kind == "chat"
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        ids = dict(bos_token_id=tok.eot, pad_token_id=tok.eot,
+                   eos_token_id=[tok.im_end, tok.eot] if chat else tok.eot)
+        generation = ids | dict(do_sample=True) | SAMPLING[self.kind]
+        with whole_or_nothing(part):
+            model.save_pretrained(part, weights, **ids, **scores)
+            tok.save(part, chat)
+            write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
+            replace_folder(part, self.path / name)
+
+    def best_loss(self):
+        """Val loss of what is in best/, which a worse model must never replace; inf if unknown."""
+        try:
+            config = json.loads((self.path / "best" / "config.json").read_text(encoding="utf-8"))
+            return float(config["val_loss"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return float("inf")
+
+
+@contextmanager
+def whole_or_nothing(part):
+    """Remove the file or folder `part` if writing it fails, and say so in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{part} can't be written ({reason}). Is the disk full? The checkpoint "
+                        "before is sound; the same command goes on from it") from e
+
+
+def is_json_up_to(line, step):
+    """Whether a line of log.jsonl is whole and not later than step."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def open_trackers(cfg, path):
+    """Functions (step, values) that tell wandb and TensorBoard, where the settings ask for them."""
+    trackers = []
+    if cfg.wandb_log:
+        try:
+            import wandb
+        except ImportError as e:
+            raise UserError("--wandb_log needs wandb: pip install wandb") from e
+        file = path / "wandb_id"  # one for all parts of a run that was stopped and went on
+        if not file.is_file():
+            write_file(file, secrets.token_hex(4))
+        wandb.init(project=cfg.wandb_project, name=path.name, dir=str(path), config=vars(cfg),
+                   id=file.read_text(encoding="utf-8"), resume="allow")
+        trackers.append(lambda step, values: wandb.log(values, step=step))
+    if cfg.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise UserError("--tensorboard needs it: pip install tensorboard") from e
+        writer = SummaryWriter(path / "tensorboard")
+        trackers.append(lambda step, values: [writer.add_scalar(key, value, step)
+                                              for key, value in values.items()])
+        trackers.append(lambda step, values: writer.flush())
+    return trackers
+
+
+def plot_losses(out):
+    """loss.png from log.jsonl, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no loss.png: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "train"), ("val_loss", "val")):
+        points = [(e["tokens"], e[key]) for e in entries if key in e and "tokens" in e]
+        axes.plot(*zip(*points), label=label) if points else None
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.legend()
+    figure.savefig(out / "loss.part.png", dpi=120)
+    plt.close(figure)
+    os.replace(out / "loss.part.png", out / "loss.png")
+
+
+# ---- the way back in ----
+
+def checkpoint_files(out):
+    """Checkpoints of a run, the newest first."""
+    files = [p for p in Path(out).glob("ckpt_step_*.pt") if p.stem[10:].isdigit()]
+    return sorted(files, key=lambda p: -int(p.stem[10:]))
+
+
+def clear_run(out):
+    """Remove what an earlier run left in out."""
+    for name in ("best", "best.old", "best.part", "final", "final.part", "tensorboard", "wandb"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    files = (out / name for name in ("log.jsonl", "run.json", "loss.png", "wandb_id"))
+    for file in [*out.glob("ckpt_step_*"), *files]:
+        file.unlink(missing_ok=True)
+
+
+def find_checkpoint(cfg, bins):
+    """The newest sound checkpoint of out_dir if this command goes on with it, else None."""
+    out = Path(cfg.out_dir)
+    files = [] if cfg.overwrite else checkpoint_files(out)
+    if files and cfg.init_from == "scratch":
+        raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")
+    for file in files:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            missing = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers",
+                       "scaler", "data"} - checkpoint.keys()
+            if missing:
+                raise KeyError(*missing)
+        except Exception as e:  # a file cut short raises almost anything
+            print(f"{file} is damaged ({type(e).__name__}); trying the one before", file=sys.stderr)
+            continue
+        check_resumable(cfg, bins, checkpoint, file)
+        print(f"going on from {file}")
+        return checkpoint
+    if files:
+        raise UserError(f"{out}: every checkpoint is damaged. Start anew: --overwrite")
+    if (out / "final").is_dir() and not cfg.overwrite:
+        raise UserError(f"{out} holds a finished model and no checkpoint to go on from. Choose "
+                        "another --out_dir, or add --overwrite")
+    return None
+
+
+def check_resumable(cfg, bins, checkpoint, file):
+    """Refuse to go on with another model, other data, another seed or other steps."""
+    old, new = checkpoint["cfg"], vars(cfg) | dict(data=bins.fingerprint())
+    old["data"] = checkpoint["data"]
+    shape = SHAPE if new["init_from"] in ("auto", "scratch") else ("block_size",)
+    for settings in (old, new):
+        settings["init_from"] = settings["init_from"].replace("scratch", "auto")
+        settings["rows per step"] = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    for name in ("data", "seed", "optimizer", "init_from", "rows per step", *shape):
+        if name in new and new[name] != old[name]:
+            raise UserError(f"{file} was made with {name}={old[name]}, not {new[name]}. "
+                            "Choose another --out_dir for a new run, or --overwrite this one")
+
+
+def restore_model(cfg, checkpoint):
+    """The checkpoint's model, with this command's dropout."""
+    model = GPT(GPTConfig(**checkpoint["model_config"] | dict(dropout=cfg.dropout)))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+# ---- model folders ----
+
+def load_model(path, dropout=0.0, block_size=0, grow=False):
+    """(GPT, Tokenizer) of a model folder or hub id; what is wrong with it becomes one line.
+
+    grow: give the model rows for the control tokens of chats where its vocabulary lacks them.
+    """
+    if (Path(path) / "best" / "config.json").is_file():
+        raise UserError(f"{path} is a run; its models are {path}/best and {path}/final")
+    if not Path(path).exists() and (path.count("/") > 1 or Path(path).parent.is_dir()
+                                    and "/" in path):
+        raise UserError(f"{path}: no such folder, and not a hub id like Qwen/Qwen3-0.6B")
+    try:
+        model = GPT.from_pretrained(path, dropout, block_size)
+    except (OSError, ValueError, RuntimeError, OverflowError) as e:
+        hint = "" if Path(path).exists() else (
+            ". No such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path} can't be loaded: {reason}{hint}") from e
+    tok = load_tokenizer(path)
+    if grow and tok.n_ids > model.config.vocab_size:
+        model.grow_vocab(-(-tok.n_ids // 128) * 128)
+        model.config.n_ids = tok.n_ids
+    if tok.n_ids > model.config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tok.n_ids} ids, its model "
+                        f"{model.config.vocab_size}")
+    model.config.n_ids = min(model.config.n_ids, tok.n_ids)
+    return model, tok
+
+
+def load_base(path, bins, dropout, block_size=0):
+    """The model to start from, which must have the tokenizer that made bins."""
+    model, tok = load_model(path, dropout, block_size, grow=True)
+    if tok.fingerprint != bins.tokenizer.fingerprint:
+        ours, theirs = bins.tokenizer.fingerprint[:8], tok.fingerprint[:8]
+        raise UserError(f"{bins.folder} was made with another tokenizer (sha256 {ours}) than "
+                        f"{path} has ({theirs}). Prepare it again with --tokenizer={path}")
+    return model

@@ -1,0 +1,311 @@
+"""The laws of the training engine: many processes equal one, memory is found, nothing bad is kept."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENV, ROOT, one_line, run
+from test_road import TINY, curve, settings, train, weights
+
+import bench
+import pretrain
+from data.bins import Bins
+from engine import machine as machines
+from engine import plan
+from engine.rundir import checkpoint_files
+from gpt import GPT, GPTConfig
+
+torch.set_num_threads(1)
+
+
+def torchrun(place, n, *words, script=ROOT / "pretrain.py", code=0, torchrun_words=()):
+    """Run a script in n processes -> its text; it must end with this code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+         *torchrun_words, str(script), *[str(w) for w in words]],
+        cwd=place, env=ENV, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert bool(done.returncode) == bool(code), done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def same_curve(a, b, rel=1e-5):
+    assert [e[0] for e in a] == [e[0] for e in b]
+    for x, y in zip(a, b):
+        assert (x[1] or x[2]) == pytest.approx(y[1] or y[2], rel=rel)
+
+
+# ---- many processes ----
+
+@pytest.mark.parametrize("words", [("--arch=gpt2",), ("--optimizer=muon", "--n_kv_head=1")])
+def test_a_sharded_run_equals_one_process_and_goes_on_in_it(words, place):
+    words = [*TINY, *words, "--max_iters=12", "--log_interval=1"]
+    done = run(place, "pretrain.py", *words, "--out_dir=out/one")
+    assert done.returncode == 0, done.stderr
+    said = torchrun(place, 2, *words, "--fsdp", "--out_dir=out/two")
+    assert "2 processes, sharded" in said
+    same_curve(curve(place / "out/one"), curve(place / "out/two"), 1e-3)
+    one, two = (GPT.from_pretrained(place / f"out/{n}/best") for n in ("one", "two"))
+    one, two = (torch.cat([p.flatten() for p in m.parameters()]) for m in (one, two))
+    assert (one - two).norm() < 1e-3 * one.norm()
+    # the same checkpoint, taken up by one process and by two
+    newest, older = checkpoint_files(place / "out/two")
+    newest.unlink()
+    for name, start in (("three", ()), ("four", (2, "--fsdp"))):
+        (place / "out" / name).mkdir()
+        (place / "out" / name / older.name).write_bytes(older.read_bytes())
+        if start:
+            torchrun(place, *[start[0], *words, *start[1:]], f"--out_dir=out/{name}")
+        else:
+            assert run(place, "pretrain.py", *words, f"--out_dir=out/{name}").returncode == 0
+        same_curve(curve(place / "out/two")[-4:], curve(place / f"out/{name}")[-4:], 1e-3)
+
+
+def test_fine_tuning_in_two_processes_equals_one(base, place):
+    (place / "out").symlink_to(base / "out")
+    words = ["--dataset=demo_chat", "--max_iters=10", "--eval_interval=5", "--batch_size=4",
+             "--gradient_accumulation_steps=2", "--log_interval=1", "--checkpoint_interval=10",
+             f"--init_from={base / 'out/tiny/best'}"]
+    one, two = place / "one", place / "two"
+    assert run(place, "sft.py", *words, f"--out_dir={one}").returncode == 0
+    torchrun(place, 2, *words, f"--out_dir={two}", script=ROOT / "sft.py")
+    assert len(curve(one)) == 13
+    same_curve(curve(one), curve(two))
+
+
+def test_a_run_goes_on_in_another_number_of_processes(place):
+    train(place, "--out_dir=out/one")
+    words = [*TINY, "--out_dir=out/two"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(ROOT / "pretrain.py"), *words], cwd=place, env=ENV, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+    assert any(line.startswith("step 6/") for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert checkpoint_files(place / "out/two")
+    assert "going on from" in train(place, "--out_dir=out/two").stdout
+    same_curve(curve(place / "out/one"), curve(place / "out/two"))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the worker through /proc")
+def test_a_worker_killed_under_torchrun_comes_back(place):
+    train(place, "--out_dir=out/one", "--dropout=0")
+    words = [*TINY, "--out_dir=out/two", "--dropout=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--max-restarts=3", str(ROOT / "pretrain.py"), *words], cwd=place, env=ENV,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+    assert any(line.startswith("step 8/") for line in process.stdout)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "going on from" in said, said
+    same_curve(curve(place / "out/one"), curve(place / "out/two"))
+
+
+def test_batches_come_out_even_for_all_processes():
+    batches = [(torch.full((2, 3), i), torch.full((2, 3), i), None) for i in range(5)]
+    machine = SimpleNamespace(world=3, rank=0)
+    parts = []
+    for machine.rank in range(3):
+        parts.append(list(machines.shared_out(batches, machine)))
+    assert [len(part) for part in parts] == [2, 2, 2]
+    targets = sorted(int(t[0, 0]) for part in parts for _, t, _ in part)
+    assert targets == [-1, 0, 1, 2, 3, 4]  # each once, and one with nothing to predict
+
+
+# ---- memory ----
+
+LIMITED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, pretrain
+from gpt import GPT
+plain = GPT.forward
+def forward(self, ids, *more, **words):
+    if len(ids) > 2 and torch.is_grad_enabled() and os.environ.get("RANK", "1") == "1":
+        raise torch.OutOfMemoryError("out of memory")
+    return plain(self, ids, *more, **words)
+GPT.forward = forward
+from config import run_main
+run_main(pretrain.main, pretrain.__file__)
+"""
+
+
+def test_a_batch_too_large_for_one_process_is_halved_by_all(place):
+    script = place / "limited.py"
+    script.write_text(LIMITED.format(root=str(ROOT)), encoding="utf-8")
+    words = [*TINY, "--dropout=0"]
+    train(place, "--dropout=0", "--out_dir=out/one")
+    said = torchrun(place, 2, *words, "--batch_size=8", "--gradient_accumulation_steps=2",
+                    "--max_iters=2", "--out_dir=out/x", script=script)
+    assert "going on with --batch_size=2 --gradient_accumulation_steps=8" in said
+    said = torchrun(place, 2, *words, "--out_dir=out/two", script=script)
+    assert "going on with --batch_size=2 --gradient_accumulation_steps=4" in said
+    same_curve(curve(place / "out/one"), curve(place / "out/two"))
+
+
+def test_memory_that_runs_out_later_is_one_line(demo, monkeypatch):
+    def fail(*words):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.chdir(demo)
+    monkeypatch.setattr(pretrain.Trainer, "run", fail)
+    cfg = settings("--out_dir=out/never")
+    with pytest.raises(pretrain.UserError, match="halve batch_size=4"):
+        pretrain.train(cfg, pretrain.make_model, lambda c, b, m: pretrain.TextData(b, c), "base")
+    monkeypatch.setattr(plan, "fits", lambda *words: False)
+    with pytest.raises(pretrain.UserError, match="not even one row"):
+        pretrain.train(cfg, pretrain.make_model, lambda c, b, m: pretrain.TextData(b, c), "base")
+
+
+@pytest.mark.parametrize("arch, n_kv_head", [("gpt2", 4), ("qwen3", 4), ("qwen3", 2)])
+def test_the_plan_knows_what_a_forward_keeps(arch, n_kv_head):
+    config = GPTConfig(arch=arch, vocab_size=256, block_size=128, n_layer=3, n_head=4,
+                       n_kv_head=n_kv_head, n_embd=128)
+    model, ids, kept = GPT(config), torch.randint(256, (4, 128)), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(ids, ids)
+    real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    assert plan.activation_bytes(config, ids.numel(), torch.float32) == pytest.approx(real, rel=0.1)
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(place):
+    done = train(place, "--dry_run", "--out_dir=out/x", "--max_iters=1000")
+    for part in ("M parameters", "M tokens", "epochs", "FLOPs", "memory a process", "to finish"):
+        assert part in done.stdout, part
+    assert not (place / "out").exists() and "next:" not in done.stdout
+
+
+# ---- what is kept ----
+
+def test_best_is_never_replaced_by_a_worse_model(place):
+    train(place, "--out_dir=out/a", "--max_iters=10", "--checkpoint_interval=4")
+    config = place / "out/a/best/config.json"
+    best = json.loads(config.read_text(encoding="utf-8"))["val_loss"]
+    for file in checkpoint_files(place / "out/a")[:-1]:  # back to before that best was reached
+        file.unlink()
+    train(place, "--out_dir=out/a", "--max_iters=10", "--learning_rate=1e-6", "--min_lr=0")
+    worse = [e[2] for e in curve(place / "out/a") if e[2]][-1]
+    assert worse > best and json.loads(config.read_text(encoding="utf-8"))["val_loss"] == best
+
+
+def test_a_run_makes_exactly_max_iters_steps(place, monkeypatch):
+    monkeypatch.chdir(place)
+    steps, plain = [], pretrain.Trainer.update
+
+    def update(self):
+        steps.append(self.step)
+        return plain(self)
+    monkeypatch.setattr(pretrain.Trainer, "update", update)
+    for max_iters in (7, 7, 9):
+        cfg = settings("--out_dir=out/x", f"--max_iters={max_iters}")
+        pretrain.train(cfg, pretrain.make_model, lambda c, b, m: pretrain.TextData(b, c), "base")
+        state = torch.load(checkpoint_files(place / "out/x")[0], weights_only=True)
+        assert state["step"] == max_iters and steps == list(range(max_iters))
+        counts = {int(s["step"]) for s in state["optimizers"][0]["state"].values()}
+        assert counts == {max_iters}
+
+
+def test_a_loss_that_explodes_stops_the_run_and_is_not_kept(place):
+    words = (*TINY, "--out_dir=out/x", "--grad_clip=0", "--checkpoint_interval=2",
+             "--eval_interval=100", "--warmup_iters=8", "--max_iters=200", "--min_lr=0")
+    done = run(place, "pretrain.py", *words, "--learning_rate=300")
+    one_line(done, "went wrong", "gradient norm", "demo[", "is sound")
+    step = int(done.stderr.rpartition("step ")[0].rpartition("step ")[2].split()[0])
+    for file in checkpoint_files(place / "out/x"):
+        state = torch.load(file, weights_only=True)
+        assert state["step"] < step + 2
+        assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_the_windows_named_are_those_that_were_read(demo):
+    data = pretrain.TextData(Bins("demo", demo / "data"), settings())
+    places = [int(p) for p in __import__("re").findall(r"demo\[(\d+)\]", data.where(3))]
+    rows = torch.cat([data.batch(3, micro)[0] for micro in range(2)])
+    tokens = data.train[0]
+    assert len(places) == 8
+    assert all(np.array_equal(tokens[p:p + 32], row) for p, row in zip(places, rows.numpy()))
+
+
+@pytest.mark.slow
+def test_a_run_killed_thirty_times_ends_with_the_same_weights(place):
+    words = ("--max_iters=400", "--optimizer=muon", "--checkpoint_interval=5")
+    train(place, *words, "--out_dir=out/a")
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "big"))
+    for _ in range(30):
+        process = subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), *TINY, *words,
+                                    "--out_dir=out/b"], cwd=place, env=ENV,
+                                   stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=rng.uniform(0.5, 8))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    train(place, *words, "--out_dir=out/b")
+    assert weights(place / "out/a") == weights(place / "out/b")
+    assert curve(place / "out/a") == curve(place / "out/b")
+
+
+# ---- watching ----
+
+def test_the_log_has_speed_memory_and_waiting(base):
+    lines = (base / "out/tiny/log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [e for e in map(json.loads, lines) if "loss" in e]
+    assert len(entries) == 6
+    for e in entries:
+        assert e["tokens_per_second"] > 0 and 0 <= e["data_wait"] < 1
+        assert e["memory_gib"] > 0.1 or sys.platform == "win32"
+
+
+def test_wandb_and_tensorboard_get_the_log(place):
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pretrain.py"), *TINY, "--max_iters=6", "--wandb_log",
+         "--tensorboard", "--out_dir=out/x"], cwd=place, env=ENV | {"WANDB_MODE": "offline"},
+        capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    (record,) = (place / "out/x").glob("wandb/offline-run-*/*.wandb")
+    assert record.stat().st_size > 1000
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(place / "out/x/tensorboard"))
+    events.Reload()
+    shown = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars("loss")]
+    assert shown == [(e[0], e[1]) for e in curve(place / "out/x") if e[1]]
+
+
+# ---- bench.py ----
+
+def test_bench_times_ours_and_says_what_is_wrong(tmp_path):
+    words = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=128", "--block_size=16",
+             "--rounds=2")
+    for what in ("train", "sample"):
+        done = run(tmp_path, "bench.py", what, *words)
+        assert done.returncode == 0 and "ours" in done.stdout and "tokens/s" in done.stdout
+    done = run(tmp_path, "bench.py", "train", "--profile", *words)
+    assert "aten::" in done.stdout, done.stderr
+    done = run(tmp_path, "bench.py", "train", "--vs=nowhere", *words)
+    assert done.returncode == 2 and "no nanoGPT checkout" in done.stderr, done.stderr
+    one_line(run(tmp_path, "bench.py", "fly"), "'fly' is none of")
+    assert bench.OTHERS.keys() == {"train", "sample", "prepare"}
+
+
+def test_the_schedule_warms_up_and_ends_at_the_floor():
+    cfg = SimpleNamespace(warmup_iters=10, max_iters=110, learning_rate=1.0, min_lr=0.1)
+    factors = [pretrain.lr_factor(step, cfg) for step in range(120)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0
+    assert factors[60] == pytest.approx(0.55) and factors[110] == factors[119] == 0.1
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
+    assert math.isclose(factors[109], 0.1, rel_tol=0.01)
