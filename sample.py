@@ -2,22 +2,26 @@
 
     python sample.py --start="数学是"
     python sample.py --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=100
-    python sample.py --chat                    # /new begins anew, /quit ends
+    python sample.py --chat                    # in the terminal; /help lists what it knows
+    python sample.py --web                     # in the browser (pip install gradio)
 """
 # ---- what ----
-model = ""             # folder or hub id; "" = the newest run under out/ (with --chat: chat run)
+model = ""             # folder or hub id; "" = the newest run under out/ (to talk: chat run)
 start = ""             # text to continue, or FILE:path
-chat = False           # talk with it instead
-system = ""            # chat: what the model is told first
-num_samples = 1        # sample i has seed + i
 starts = ""            # several texts, "|" between them: sample i continues the next in turn
-overlap = ""           # name of a prepared set: how many of the samples' Han 4-grams stand in it
+num_samples = 1        # sample i has seed + i
+chat = False           # talk with it instead
+web = False            # talk with it in the browser
+port = 7860            # of the page: http://127.0.0.1:7860
+system = ""            # chat: what the model is told first
 # ---- how; -1 = as the model's generation_config.json has it ----
 max_new_tokens = 256
 temperature = -1.0     # 0 = always the likeliest
 top_k = -1             # choose among so many of the likeliest; 0 = all
 top_p = -1.0           # choose among the likeliest that make up this mass; 1 = all
+min_p = -1.0           # drop what is less likely than this share of the likeliest; 0 = nothing
 repetition_penalty = -1.0  # above 1 discourages what was said already
+stop = ""              # end before any of these texts, "|" between them
 seed = 1337
 # ---- machine ----
 device = "auto"        # cuda, mps, cpu
@@ -25,75 +29,108 @@ dtype = "auto"         # of the weights: float32, bfloat16, float16; auto: 16 bi
 
 import codecs
 import json
-import re
 import sys
 from pathlib import Path
 
 import torch
 
 from config import UserError, configure, newest_model, run_main
-from data.bins import Bins
-from pretrain import choose_device, choose_dtype, load_model
+from data.files import write_file
+from engine.machine import choose_device, choose_dtype
+from engine.rundir import load_model
+from gpt import Cache
 
 LOWEST = dict(max_new_tokens=1, num_samples=1, seed=0, temperature=0.0, top_k=0, top_p=1e-6,
-              repetition_penalty=1e-3)
+              min_p=0.0, repetition_penalty=1e-3)
+PLAIN = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+ROWS = 16              # samples drawn at once
+LONGEST_TOKEN = 16     # characters a token has at most on average: more text than that is not read
+HELP = """/new            begin anew
+/system TEXT    tell the model something first, and begin anew
+/temperature X  how daring it is; 0 = always the likeliest
+/save FILE      the conversation as a line of JSON, as prepare.py chat reads it
+/quit           end; Ctrl-C stops an answer"""
 
 
 def load(cfg):
     """(model ready to sample, its tokenizer)."""
-    path = cfg.model or newest_model("chat" if cfg.chat else "")
+    talking = cfg.chat or cfg.web
+    path = cfg.model or newest_model("chat" if talking else "")
     if not path:
-        script = "sft.py config/demo_sft.py" if cfg.chat else "pretrain.py config/demo.py"
-        raise UserError(f"no {'chat ' * cfg.chat}model under out/ yet. Run: python {script}, "
+        script = "sft.py config/demo_sft.py" if talking else "pretrain.py config/demo.py"
+        raise UserError(f"no {'chat ' * talking}model under out/ yet. Run: python {script}, "
                         "or name one: --model=FOLDER_OR_HUB_ID")
     model, tok = load_model(Path(path).as_posix())
     device = choose_device(cfg.device)
-    auto_on_cpu = cfg.dtype == "auto" and device.type == "cpu"
-    dtype = torch.float32 if auto_on_cpu else choose_dtype(cfg.dtype, device.type)
     fill_in(cfg, Path(path) / "generation_config.json")
     print(f"[{Path(path).as_posix()}]", file=sys.stderr)
+    auto_on_cpu = cfg.dtype == "auto" and device.type == "cpu"
+    dtype = torch.float32 if auto_on_cpu else choose_dtype(cfg.dtype, device.type)
     return model.to(device, dtype).eval(), tok
 
 
 def fill_in(cfg, file):
     """Sampling settings left at -1 come from the model's own file, where it has one."""
-    plain = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
     try:
         own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        own = {name: type(plain[name])(own.get(name) or plain[name]) for name in plain}
+        own = {name: type(PLAIN[name])(own.get(name) or PLAIN[name]) for name in PLAIN}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{file} can't be read ({type(e).__name__})") from e
     for name, value in own.items():
         if getattr(cfg, name) == -1:
             setattr(cfg, name, value)
-        if not LOWEST[name] <= getattr(cfg, name) < 1e6:
-            raise UserError(f"{name}={getattr(cfg, name)} must be at least {LOWEST[name]}")
+        check(cfg, name)
 
 
-def stream(model, tok, ids, cfg, seed, stop_ids):
-    """Yield the text of one continuation of ids, as it comes, in whole characters.
+def check(cfg, name):
+    if not LOWEST[name] <= getattr(cfg, name) < 2**62:
+        raise UserError(f"{name}={getattr(cfg, name)} must be at least {LOWEST[name]}")
+
+
+# ---- tokens to text ----
+
+def sampling(cfg):
+    """The settings generate() takes."""
+    return {name: getattr(cfg, name) for name in PLAIN}
+
+
+def visible(pieces, stops):
+    """Bytes as they come -> text as it comes, in whole characters, up to the first of stops.
 
     A token may end inside a character: its bytes wait for the rest. Bytes that a small model leaves
-    without one, or max_new_tokens cuts off, are not shown.
+    without one, or max_new_tokens cuts off, are not shown. What may begin a stop waits too.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-    ids = torch.tensor([ids], device=model.wte.weight.device)
-    for new in model.generate(ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                              cfg.repetition_penalty, stop_ids, seed):
-        if new.item() in stop_ids:
-            break
-        yield decoder.decode(tok.decode_bytes([new.item()]))
+    decoder, held = codecs.getincrementaldecoder("utf-8")("ignore"), ""
+    for piece in pieces:
+        held += decoder.decode(piece)
+        at = min((held.find(s) for s in stops if s in held), default=-1)
+        if at >= 0:
+            yield held[:at]
+            return
+        ready = len(held) - max((n for s in stops for n in range(1, len(s))
+                                 if held.endswith(s[:n])), default=0)
+        yield held[:ready]
+        held = held[ready:]
+    yield held
+
+
+def stream(model, tok, ids, cfg, seed, cache=None):
+    """Yield the text of one continuation of ids, as it comes."""
+    ends, ids = (tok.eot, tok.im_end, tok.im_start), torch.tensor([ids], device=model.device)
+    new = model.generate(ids, cfg.max_new_tokens, stop_ids=ends, seed=seed, cache=cache,
+                         **sampling(cfg))
+    pieces = (tok.decode_bytes([i]) for i in map(int, new) if i not in ends)
+    return visible(pieces, [s for s in cfg.stop.split("|") if s])
 
 
 def show(pieces):
-    """Print pieces as they come; returns the whole."""
-    text = ""
+    """Print pieces as they come."""
     for piece in pieces:
         print(piece, end="", flush=True)
-        text += piece
     print(flush=True)
-    return text
 
+
+# ---- texts ----
 
 def read_start(start):
     if not start.startswith("FILE:"):
@@ -104,90 +141,155 @@ def read_start(start):
         raise UserError(f"{start[5:]} is not UTF-8 (byte {e.start})") from e
 
 
+def start_ids(tok, start, context):
+    """Ids of a text to continue; what the context can't hold is left out, and said."""
+    ids = [tok.eot, *tok.encode(start[-context * LONGEST_TOKEN:])]  # a text begins after another's
+    if len(ids) > context:
+        print(f"sample.py: the start has {len(ids):,} tokens or more, the context holds "
+              f"{context:,}: only the last {context // 2:,} are read", file=sys.stderr)
+    return ids[-context - 1:]
+
+
 def continue_texts(model, tok, cfg):
-    """Print num_samples continuations; returns the new texts."""
-    starts, texts = cfg.starts.split("|") if cfg.starts else [read_start(cfg.start)], []
-    for i in range(cfg.num_samples):
-        start = starts[i % len(starts)]
-        ids = [tok.eot, *tok.encode(start)]  # a text begins where the one before ended
-        context = model.config.block_size
-        if len(ids) > context:
-            print(f"sample.py: the start has {len(ids):,} tokens, the context holds {context:,}: "
-                  f"only the last {context // 2:,} are read", file=sys.stderr)
-        if i:
-            print("-" * 20)
-        print(start, end="", flush=True)
-        texts.append(show(stream(model, tok, ids, cfg, cfg.seed + i, {tok.eot, tok.im_end})))
-    return texts
+    """Print num_samples continuations; those of one start are drawn together."""
+    starts = cfg.starts.split("|") if cfg.starts else [read_start(cfg.start)]
+    ids = [start_ids(tok, start, model.config.block_size) for start in starts]
+    if cfg.num_samples == 1:
+        print(starts[0], end="", flush=True)
+        return show(stream(model, tok, ids[0], cfg, cfg.seed))
+    stops, texts = [s for s in cfg.stop.split("|") if s], {}
+    for k in range(len(starts)):
+        numbers = list(range(k, cfg.num_samples, len(starts)))
+        for some in (numbers[i:i + ROWS] for i in range(0, len(numbers), ROWS)):
+            rows = draw(model, tok, ids[k], cfg, [cfg.seed + i for i in some])
+            texts |= {i: starts[k] + "".join(visible([tok.decode_bytes(row)], stops))
+                      for i, row in zip(some, rows)}
+    print(f"\n{'-' * 20}\n".join(texts[i] for i in range(cfg.num_samples)))
 
 
-def han_4grams(text):
-    """Runs of four Han characters, overlapping."""
-    return [run[i:i + 4] for run in re.findall("[\u4e00-\u9fff]{4,}", text)
-            for i in range(len(run) - 3)]
+def draw(model, tok, ids, cfg, seeds):
+    """New ids of one row a seed, without the one that ends it."""
+    ends = (tok.eot, tok.im_end, tok.im_start)
+    ids = torch.tensor([ids] * len(seeds), device=model.device)
+    new = torch.stack(list(model.generate(ids, cfg.max_new_tokens, stop_ids=ends, seed=seeds,
+                                          **sampling(cfg))), dim=1)
+    return [[i for i in row if i >= 0 and i not in ends] for row in new.tolist()]
 
 
-def print_overlap(texts, name):
-    """How much of the texts the training split already holds: near 100 % is recital."""
-    bins = Bins(name)
-    known = set(han_4grams(bins.tokenizer.decode(bins.tokens("train"))))
-    grams = [g for text in texts for g in han_4grams(text)]
-    share = sum(g in known for g in grams) / max(1, len(grams))
-    print("-" * 20 + f"\n{len(texts)} samples: {share:.1%} of {len(grams):,} Han 4-grams stand in "
-          f"{bins.folder}")
+# ---- talk ----
+
+class Chat:
+    """A conversation: its messages, and the cache of what the model has read of them."""
+
+    def __init__(self, model, tok, cfg):
+        self.model, self.tok, self.cfg = model, tok, cfg
+        self.cache = Cache(len(model.blocks), model.config.block_size)
+        self.begin(cfg.system)
+
+    def begin(self, system):
+        self.system, self.messages, self.turn = system, [], 0
+
+    def ask(self, question):
+        """Yield the answer as it comes; both are remembered, the answer as far as it was read."""
+        self.messages.append(dict(role="user", content=question))
+        answer = ""
+        try:
+            for piece in stream(self.model, self.tok, self.prompt(), self.cfg,
+                                self.cfg.seed + self.turn, self.cache):
+                answer += piece
+                yield piece
+        finally:
+            self.messages.append(dict(role="assistant", content=answer))
+            self.turn += 1
+
+    def prompt(self):
+        """Ids of the conversation; where they leave no room for an answer, the oldest whole turns
+        are forgotten, never the system message; then the question loses its beginning."""
+        context = self.model.config.block_size
+        room = context - min(self.cfg.max_new_tokens, context // 2)
+        opening = [dict(role="system", content=self.system)] if self.system else []
+        asked = dict(self.messages[-1])
+        asked["content"] = asked["content"][-context * LONGEST_TOKEN:]
+        messages = [*self.messages[:-1], asked]
+        while True:
+            ids = self.tok.dialogue(opening + messages) + self.tok.header("assistant")
+            if len(ids) <= room:
+                break
+            if len(messages) > 1:
+                messages = messages[2:]
+            elif len(asked["content"]) > 1:
+                asked["content"] = asked["content"][-(len(asked["content"]) * 3 // 4):]
+            else:
+                raise UserError(f"the system message has {len(ids):,} tokens; of the context's "
+                                f"{context:,} it may fill {room:,}")
+        if len(asked["content"]) < len(self.messages[-1]["content"]):
+            print("sample.py: the question is longer than the context; only its last "
+                  f"{len(asked['content']):,} characters are read", file=sys.stderr)
+        return ids
 
 
 def talk(model, tok, cfg):
     """A chat in the terminal, or with lines from a pipe."""
-    opening = [dict(role="system", content=cfg.system)] if cfg.system else []
-    messages, turn = list(opening), 0
+    if sys.stdin.isatty():
+        try:
+            import readline  # arrow keys, history  # noqa: F401
+        except ImportError:
+            pass  # Windows' console has its own
+        print("/help lists what I know beside talking", file=sys.stderr)
+    chat = Chat(model, tok, cfg)
     while True:
         try:
-            question = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if sys.stdin.isatty() else "").strip()
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                command(chat, *line[1:].split(maxsplit=1))
+            elif line:
+                show(chat.ask(line))
+        except KeyboardInterrupt:  # stops an answer, not the program
+            print()
         except EOFError:
             return
         except UnicodeDecodeError as e:
             raise UserError(f"the question is not UTF-8 (byte {e.start})") from e
-        if question == "/quit":
-            return
-        if question == "/new":
-            messages = list(opening)
-        if not question or question == "/new":
-            continue
-        messages.append(dict(role="user", content=question))
-        ids = fit_messages(messages, opening, tok, model.config.block_size)
-        if len(ids) > model.config.block_size:
-            print(f"sample.py: the question has {len(ids):,} tokens, the context holds "
-                  f"{model.config.block_size:,}: only its end is read", file=sys.stderr)
-        answer = show(stream(model, tok, ids, cfg, cfg.seed + turn, {tok.eot, tok.im_end}))
-        messages.append(dict(role="assistant", content=answer))
-        turn += 1
 
 
-def fit_messages(messages, opening, tok, block_size):
-    """Prompt ids; where they fill over half of the context, the oldest turns are forgotten."""
-    first = len(opening)
-    while True:
-        ids = tok.dialogue(messages) + tok.header("assistant")
-        if len(ids) <= block_size // 2 or len(messages) <= first + 1:
-            return ids
-        del messages[first:first + 2]
+def command(chat, name="", text=""):
+    """What a line that begins with a slash asks for."""
+    if name == "new":
+        chat.begin(chat.system)
+    elif name == "system":
+        chat.begin(text)
+    elif name == "temperature":
+        try:
+            chat.cfg.temperature = min(max(float(text), 0.0), 1e3)
+        except ValueError:
+            print(f"'{text}' is no number", file=sys.stderr)
+    elif name == "save" and text:
+        opening = [dict(role="system", content=chat.system)] if chat.system else []
+        line = json.dumps(dict(messages=opening + chat.messages), ensure_ascii=False)
+        try:
+            write_file(Path(text), line + "\n")
+            print(f"saved to {text}", file=sys.stderr)
+        except OSError as e:
+            print(f"{text}: {e.strerror}", file=sys.stderr)
+    else:
+        print(HELP, file=sys.stderr)
 
 
 def main():
+    # the settings end in no .py files here: a config would only confuse
     cfg, words = configure(__file__, files=False)
     if words:
-        raise UserError(f"'{words[0]}' is not a setting (--name=value); to continue a text: "
-                        f'--start="{words[0]}"')
+        raise UserError(f"'{words[0]}' is no setting. A text to continue: --start=\"{words[0]}\"")
     for name in ("max_new_tokens", "num_samples", "seed"):
-        if not LOWEST[name] <= getattr(cfg, name) < 2**62:
-            raise UserError(f"{name}={getattr(cfg, name)} must be at least {LOWEST[name]}")
+        check(cfg, name)
     model, tok = load(cfg)
-    if cfg.chat:
-        return talk(model, tok, cfg)
-    texts = continue_texts(model, tok, cfg)
-    if cfg.overlap:
-        print_overlap(texts, cfg.overlap)
+    if cfg.web:
+        from engine.web import serve
+        serve(Chat(model, tok, cfg))
+    else:
+        (talk if cfg.chat else continue_texts)(model, tok, cfg)
 
 
 if __name__ == "__main__":
