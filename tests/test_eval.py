@@ -1,0 +1,294 @@
+"""The laws of eval.py: what training logs is what it measures, and nothing is left out."""
+import json
+import math
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line, run
+from test_road import train
+
+import eval as evaluation
+from config import UserError
+from data.bins import Bins
+from data.questions import Question, answers, letters, read_questions, sentences, title_questions
+from data.tokenizer import train_bytebpe
+from engine.rundir import load_model
+from engine.score import bits_per_byte, choose, encode_rows, likelihoods, standard_error, windows
+from gpt import GPT, GPTConfig
+
+torch.set_num_threads(1)
+CMMLU = ",Question,A,B,C,D,Answer\n0,水在多少度结冰？,零度,十度,百度,千度,A\n1,一加一等于几？,一,二,三,四,B\n"
+CEVAL = ('id,question,A,B,C,D,answer,explanation\n0,"长江, 流入\n哪里？",东海,黄海,南海,渤海,A,课本\n'
+         "1,没有答案？,甲,乙,丙,丁,,\n2,少一项？,甲,乙,,丁,D,\n3,多选？,甲,乙,丙,丁,AB,\n4,短行,甲\n")
+LINES = ('{"question": "天是什么颜色？", "choices": ["红", "蓝"], "answer": 1}\n\nno json\n'
+         '{"Question": "草呢？", "A": "绿", "B": "红", "C": "黑", "D": "白", "Answer": "a"}\n'
+         '{"question": "号码太大？", "choices": ["红", "蓝"], "answer": 2}\n')
+
+
+@pytest.fixture(scope="module")
+def tiny(base):
+    model, tok = load_model(str(base / "out/tiny/best"))
+    with torch.no_grad():
+        yield model.eval(), tok
+
+
+def say(capsys, *words):
+    """What eval.py prints for these words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["eval.py", *map(str, words)])
+        evaluation.main()
+    return capsys.readouterr().out
+
+
+def tables(folder):
+    for name, text in (("law_val.csv", CEVAL), ("physics.csv", CMMLU), ("sky.jsonl", LINES)):
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+# ---- bits per byte ----
+
+def test_bits_per_byte_equal_the_training_log(place, monkeypatch, capsys):
+    train(place, "--out_dir=out/x", "--eval_tokens=0", "--max_iters=4", "--eval_interval=4")
+    lines = (place / "out/x/log.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = [entry for entry in map(json.loads, lines) if "bpb" in entry][-1]
+    monkeypatch.chdir(place)
+    model, tok = load_model("out/x/final")
+    with torch.no_grad():
+        docs = evaluation.texts_to_score("demo", tok, Counter())
+        scores = bits_per_byte(model.eval(), tok, docs, batch_size=3)
+    for ours, theirs in (("nats", "val_loss"), ("bpb", "bpb"), ("bpc", "bpc")):
+        assert scores[ours] == pytest.approx(logged[theirs], rel=1e-6)
+    split = Bins("demo").meta["splits"]["val"]
+    assert all(scores[k] == split[k] for k in ("documents", "tokens", "bytes", "characters"))
+    said = say(capsys, "bpb", "data/demo", "--stride=8")  # of the newest model
+    nats = re.search(r"stride 8\nnats per token (\S+)  bits per byte", said)
+    assert nats and float(nats[1]) != pytest.approx(scores["nats"], abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 40, 41])
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_every_token_is_predicted_once_with_the_context_its_stride_leaves(n, stride):
+    tokens, found, rows = np.arange(100, 100 + n), [], 0
+    for ids, targets in windows(tokens, 7, 8, stride, batch_size=2):
+        rows += len(ids)
+        for x, y in zip(ids.tolist(), targets.tolist()):
+            at = [i for i, target in enumerate(y) if target >= 0]
+            assert all(x[i] == (y[i] - 1 if y[i] > 100 else 7) for i in at)
+            assert not found or at[0] == 8 - stride
+            found += [y[i] for i in at]
+    assert found == tokens.tolist() and rows == max(1, math.ceil((n - 8) / stride) + 1)
+
+
+def test_a_set_is_encoded_anew_for_a_model_with_another_tokenizer(place, monkeypatch):
+    monkeypatch.chdir(place)
+    texts = [text for text, _ in evaluation.documents(Bins("demo"), "val")]
+    tok = train_bytebpe(texts, 300)
+    model = GPT(GPTConfig(vocab_size=384, block_size=64, n_layer=1, n_head=2, n_embd=16)).eval()
+    with open("val.jsonl", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        f.write('{"other": 1}\n')
+    dropped = Counter()
+    with torch.no_grad():
+        one, two = (bits_per_byte(model, tok, evaluation.texts_to_score(name, tok, dropped))
+                    for name in ("demo", "val.jsonl"))
+    split = Bins("demo").meta["splits"]["val"]
+    assert one == two and one["bytes"] == split["bytes"] and one["tokens"] > split["tokens"]
+    assert dropped.total() == 1 and "val.jsonl:43" in next(iter(dropped))
+    assert one["bpb"] == pytest.approx(one["nats"] / math.log(2) * one["tokens"] / one["bytes"])
+
+
+# ---- likelihoods ----
+
+def test_likelihoods_equal_those_read_one_at_a_time(tiny):
+    model, tok = tiny
+    questions = [Question("水是什么？" * n, ["一种液体。", "山", "春天的风很大。", "山"], 0) for n in (1, 3)]
+    rows = [row for q in questions for ask in (letters, answers, sentences)
+            for row in encode_rows(tok, *ask(q), [tok.eot], model.config.block_size)[0]]
+    naive = []
+    for ids, given in rows:
+        logp = model(torch.tensor([ids[:-1]]))[0].float().log_softmax(-1)
+        naive.append(sum(logp[i - 1, ids[i]].item() for i in range(given, len(ids))))
+    for batch_size in (1, 5):
+        assert likelihoods(model, rows, batch_size) == pytest.approx(naive, abs=1e-3, rel=1e-5)
+    text = tok.decode(rows[4][0][rows[4][1]:])
+    assert text.endswith("一种液体。") and len(rows) == 24
+
+
+def test_a_prompt_too_long_loses_its_beginning_and_is_counted(tiny):
+    model, tok = tiny
+    long = Question("很长的问题。" * 200, ["甲", "乙"], 1)
+    rows, cut = encode_rows(tok, *answers(long), [], 128)
+    assert cut and [len(ids) for ids, _ in rows] == [129, 129]
+    assert [tok.decode(ids[given:])[-1] for ids, given in rows] == ["甲", "乙"]
+    short = Question("短", ["甲", "乙"], 0)
+    chosen, n_cut = choose(model, tok, [answers(long), answers(short)], [], 8)
+    assert n_cut == 1 and len(chosen) == 2
+
+
+class Rigged(torch.nn.Module):
+    """Expects, after any beginning of the rows it was shown, what comes next in them."""
+
+    def __init__(self, rows, vocab_size):
+        super().__init__()
+        self.config, self.head = GPTConfig(vocab_size=vocab_size), 30 * torch.eye(vocab_size)
+        self.wte = torch.nn.Embedding(1, 1)
+        self.next = {tuple(ids[:i]): ids[i] for ids, _ in rows for i in range(len(ids))}
+
+    def hidden(self, ids):
+        known = [[self.next.get(tuple(row[:i + 1]), 0) for i in range(len(row))]
+                 for row in ids.tolist()]
+        return torch.nn.functional.one_hot(torch.tensor(known), len(self.head)).float()
+
+    def logits_budget(self):
+        return 2**16
+
+
+@pytest.mark.parametrize("ask", [letters, answers, sentences])
+def test_a_model_that_knows_the_answers_has_them_all_right(ask, tiny):
+    tok = tiny[1]
+    options = ["春天的风", "水", "红色的山，很高", "一条河"]
+    questions = [Question(f"第{i}题是什么？", options, i % 4) for i in range(8)]
+    rows = [encode_rows(tok, *ask(q), [], 1024)[0][q.answer] for q in questions]
+    chosen, _ = choose(Rigged(rows, tok.n_ids), tok, [ask(q) for q in questions], [], 4)
+    assert chosen == [q.answer for q in questions]
+    wrong = [encode_rows(tok, *ask(q), [], 1024)[0][q.answer - 1] for q in questions]
+    chosen, _ = choose(Rigged(wrong, tok.n_ids), tok, [ask(q) for q in questions], [], 4)
+    assert chosen == [(q.answer - 1) % 4 for q in questions]
+
+
+def test_the_standard_error_is_that_of_a_sample():
+    marks = [1.0] * 7 + [0.0] * 13
+    assert standard_error(0.35, 20) == pytest.approx(np.std(marks, ddof=1) / math.sqrt(20))
+    assert math.isnan(standard_error(1.0, 1))
+
+
+# ---- questions ----
+
+def test_every_row_is_a_question_or_counted(tmp_path):
+    (tmp_path / "names.json").write_text('{"law": ["Law", "法学", "x"], "physics": "物理", "sky": "天"}',
+                                         encoding="utf-8")
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    subjects = read_questions([tables(folder)], "关于{subject}：", tmp_path / "names.json")
+    (law, no_law), (physics, none), (sky, no_sky) = subjects.values()
+    assert (len(law), len(physics), len(sky)) == (1, 2, 2) and not none
+    assert no_law == {"the answer is none of the options": 2, "a question or option is empty": 1,
+                      "not CSV": 1}
+    assert no_sky == {"not JSON": 1, "the answer is none of the options": 1}
+    assert law[0] == Question("长江, 流入\n哪里？", ["东海", "黄海", "南海", "渤海"], 0, "关于法学：\n\n")
+    assert letters(physics[1]) == (
+        "关于物理：\n\n一加一等于几？\nA. 一\nB. 二\nC. 三\nD. 四\n答案：", [" A", " B", " C", " D"])
+    assert [q.answer for q in sky] == [1, 0] and sky[0].options == ["红", "蓝"]
+    assert answers(sky[0])[0] == "天是什么颜色？\n答案："
+
+
+def test_choice_prints_every_subject_and_both_means(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(base)
+    said = say(capsys, "choice", tables(tmp_path), "--model=out/tiny/best")
+    rows = [line.split() for line in said.splitlines() if "±" in line][1:]
+    assert [row[:3] for row in rows] == [["5", "1", "25.00%"], ["2", "2", "25.00%"],
+                                         ["4", "2", "37.50%"], ["11", "5", "30.00%"]]
+    assert "skipped 1: not CSV" in said and "mean of 3 subjects" in said
+
+
+def test_titles_make_questions_whose_options_all_differ(base, monkeypatch, capsys):
+    texts = [text for text, _ in evaluation.documents(Bins("demo", base / "data"), "val")]
+    questions, skipped = title_questions([*texts, "没有标题的文字。"], seed=1)
+    assert len(questions) == 42 and skipped.total() == 1
+    for q, text in zip(questions, texts):
+        assert len(set(q.options)) == 4
+        assert text.startswith(f"{q.text}\n\n{q.options[q.answer]}")
+    assert questions == title_questions(texts, seed=1)[0] != title_questions(texts, seed=2)[0]
+    assert {q.answer for q in questions} == {0, 1, 2, 3}
+    monkeypatch.chdir(base)
+    said = say(capsys, "cloze", "--model=out/tiny/best")
+    assert re.search(r"42 +42 +25.00%.*data.demo", said), said
+
+
+# ---- memorisation ----
+
+def test_overlap_is_the_longest_common_passage():
+    rng = random.Random(0)
+    for _ in range(30):
+        docs, texts = ([("".join(rng.choices("山水风火", k=rng.randrange(60)))) for _ in range(4)]
+                       for _ in range(2))
+        passage, share, n = evaluation.overlap_with(docs, texts)
+        common = {t[i:j] for t in texts for i in range(len(t)) for j in range(i + 1, len(t) + 1)
+                  if any(t[i:j] in doc for doc in docs)}
+        assert len(passage) == max(map(len, common), default=0) and passage in common | {""}
+        grams = [t[i:i + 4] for t in texts for i in range(len(t) - 3)]
+        assert n == len(grams)
+        assert share == sum(any(g in d for d in docs) for g in grams) / max(1, n)
+
+
+def test_overlap_finds_exactly_a_planted_passage(base, monkeypatch, capsys):
+    monkeypatch.chdir(base)
+    train_text = [text for text, _ in evaluation.documents(Bins("demo"), "train")][100]
+    planted = train_text[5:45]
+    monkeypatch.setattr(evaluation, "sample_texts", lambda *words: ["壹", f"㐀{planted}㐀"])
+    said = say(capsys, "overlap", "demo", "--model=out/tiny/best")
+    assert f"40 characters: {planted!r}" in said and "held-out text, 43 characters" in said
+
+
+def test_samples_are_those_of_their_seeds(base, monkeypatch, capsys):
+    monkeypatch.chdir(base)
+    words = ("overlap", "demo", "--model=out/tiny/best", "--max_new_tokens=12", "--starts=水|山")
+    one, two, other = (say(capsys, *words, "--num_samples=3", f"--seed={s}") for s in (1, 1, 9))
+    assert one == two != other and "3 samples" in one
+
+
+# ---- refusals ----
+
+@pytest.mark.parametrize("words, part", [
+    ((), "say what to measure: bpb, choice, cloze, overlap"),
+    (("choice",), "name files or folders with questions"),
+    (("bpb", "nowhere.txt"), "nowhere.txt is neither a prepared set under data/ nor a file"),
+    (("bpb", "demo", "val"), "name one prepared set or text file; this is: demo val"),
+    (("bpb", "demo", "--stride=999"), "stride=999 is more than the context, 128"),
+    (("cloze", "nowhere"), "data/nowhere is not prepared"),
+    (("overlap", "demo", "--num_samples=0"), "num_samples=0 must be at least 1"),
+    (("bpb", "demo", "--model=nowhere/x/y"), "nowhere/x/y: no such folder")])
+def test_bad_words_are_refused(words, part, base, monkeypatch, capsys):
+    monkeypatch.chdir(base)
+    with pytest.raises(UserError) as error:
+        say(capsys, *words, *["--model=out/tiny/best"][:"--model" not in str(words)])
+    assert part in str(error.value).replace("\\", "/"), error.value
+
+
+def test_without_a_model_one_line_says_how_to_get_one(place):
+    one_line(run(place, "eval.py", "bpb", "demo"), "eval.py: no model under out/ yet",
+             "pretrain.py")
+
+
+@pytest.mark.parametrize("name, text, parts", [
+    ("a.csv", "Question,A,B,Answer\n问,甲,乙,A\n", ("a.csv:2: no c d", "question, a, b, answer")),
+    ("a.jsonl", '\n{"q": "问", "choices": []}\n', ("a.jsonl:2: no question answer", "q, choices")),
+    ("a.jsonl", "[1]\n", ("a.jsonl:1: no question", "no object but a list")),
+    ("a.csv", "Question,A,B,C,D,Answer\n", ("a.csv: there is no question in it",)),
+    ("names.json", "[]", ("names.json: not JSON like",)),
+    ("none.csv", None, ("none.csv: no such file",))])
+def test_a_bad_table_is_one_line(name, text, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_questions([name], "", name if name == "names.json" else "")
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_a_set_without_texts_or_questions_is_refused(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(base)
+    tok = Bins("demo").tokenizer
+    with pytest.raises(UserError, match="holds dialogues"):
+        next(evaluation.texts_to_score("demo_chat", tok, Counter()))
+    with pytest.raises(UserError, match="0 documents have a title"):
+        title_questions(["无"], 1)
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"question": "问", "choices": ["甲", "乙"], "answer": 9}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="no question can be asked: 1 x the answer is none"):
+        say(capsys, "choice", file, "--model=out/tiny/best")
