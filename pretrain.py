@@ -105,7 +105,8 @@ class Trainer:
             machines.load_optimizer(opt, state)
             for group, settings in zip(opt.param_groups, new):
                 group.update(settings)
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # else that run had none: it was not in float16
+            self.scaler.load_state_dict(checkpoint["scaler"])
 
     def run(self):
         with self.stop:
@@ -392,6 +393,8 @@ def check_settings(cfg, words):
     for name in ("dropout", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)} is not a share between 0 and 1")
+    if not cfg.out_dir.strip():
+        raise UserError("out_dir is empty: name the folder of the run")
     if cfg.optimizer not in ("adamw", "muon"):
         raise UserError(f"optimizer={cfg.optimizer} is neither adamw nor muon")
 

@@ -85,6 +85,8 @@ def fill_in(cfg, file):
 def check(cfg, name):
     if not LOWEST[name] <= getattr(cfg, name) < 2**62:
         raise UserError(f"{name}={getattr(cfg, name)} must be at least {LOWEST[name]}")
+    if name == "min_p" and cfg.min_p > 1:
+        raise UserError(f"min_p={cfg.min_p} must be at most 1")
 
 
 # ---- tokens to text ----
@@ -262,17 +264,20 @@ def command(chat, name="", text=""):
         chat.begin(text)
     elif name == "temperature":
         try:
-            chat.cfg.temperature = min(max(float(text), 0.0), 1e3)
+            value = float(text)
+            if not 0 <= value <= 1e3:  # nan is not either
+                raise ValueError
+            chat.cfg.temperature = value
         except ValueError:
-            print(f"'{text}' is no number", file=sys.stderr)
+            print(f"'{text}' is no number from 0 to 1000", file=sys.stderr)
     elif name == "save" and text:
         opening = [dict(role="system", content=chat.system)] if chat.system else []
         line = json.dumps(dict(messages=opening + chat.messages), ensure_ascii=False)
         try:
             write_file(Path(text), line + "\n")
             print(f"saved to {text}", file=sys.stderr)
-        except OSError as e:
-            print(f"{text}: {e.strerror}", file=sys.stderr)
+        except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+            print(f"{text!r}: {getattr(e, 'strerror', None) or e}", file=sys.stderr)
     else:
         print(HELP, file=sys.stderr)
 

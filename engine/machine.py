@@ -95,7 +95,8 @@ def free_memory(device):
 
 
 def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    words = ("not enough memory", "can't allocate memory")  # of the CPU's allocator
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 # ---- several processes ----

@@ -215,8 +215,12 @@ def find_checkpoint(cfg, bins):
         return checkpoint
     if files:
         raise UserError(f"{out}: every checkpoint is damaged. Start anew: --overwrite")
-    if (out / "final").is_dir() and not cfg.overwrite:
-        raise UserError(f"{out} holds a finished model and no checkpoint to go on from. Choose "
+    kept = [name for name in ("final", "best", "log.jsonl", "tensorboard", "wandb")
+            if (out / name).exists()]
+    # a new run would remove them; one killed before its first checkpoint left run.json, no final/
+    own = (out / "run.json").is_file() and "final" not in kept
+    if kept and not own and not cfg.overwrite:
+        raise UserError(f"{out} holds {', '.join(kept)} and no checkpoint to go on from. Choose "
                         "another --out_dir, or add --overwrite")
     return None
 

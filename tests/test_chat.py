@@ -82,14 +82,14 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(chat):
 
 
 def test_lines_from_a_pipe_are_answered_and_commands_obeyed(base, tmp_path):
-    lines = ["你好", "", "/temperature 0", "/temperature x", "/system 你是小语", "长江",
+    lines = ["你好", "", "/temperature 0", "/temperature x", "/temperature nan", "/system 你是小语", "长江",
              f"/save {tmp_path / 'talk.jsonl'}", "/save no/such/folder/x", "/nothing", "/new",
              "再见", "/quit", "不读"]
     done = run(base, "sample.py", "--chat", "--model=out/tiny/best", "--max_new_tokens=5",
                input="\n".join(lines) + "\n")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 3
-    for part in ("'x' is no number", "saved to", "no/such", "/quit "):
+    for part in ("'x' is no number", "'nan' is no number", "saved to", "no/such", "/quit "):
         assert part in done.stderr, done.stderr
     saved = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))
     assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"]

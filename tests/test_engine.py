@@ -202,6 +202,25 @@ def test_best_is_never_replaced_by_a_worse_model(place):
     assert worse > best and json.loads(config.read_text(encoding="utf-8"))["val_loss"] == best
 
 
+@pytest.mark.parametrize("name", ["best", "final", "log.jsonl", "wandb"])
+def test_what_another_run_left_is_not_removed_unasked(name, place):
+    (place / "out/x" / name).mkdir(parents=True)
+    one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/x"), name, "--overwrite")
+    assert (place / "out/x" / name).is_dir()
+
+
+def test_a_run_may_go_on_in_another_number_type(place):
+    train(place, "--out_dir=out/x", "--max_iters=4")
+    train(place, "--out_dir=out/x", "--max_iters=6", "--dtype=float16")
+    assert curve(place / "out/x")[-1][0] == 6
+
+
+def test_memory_that_a_cpu_refuses_is_known_as_such():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**58, dtype=torch.uint8)
+    assert machines.is_out_of_memory(error.value)
+
+
 def test_a_run_makes_exactly_max_iters_steps(place, monkeypatch):
     monkeypatch.chdir(place)
     steps, plain = [], pretrain.Trainer.update
