@@ -7,6 +7,7 @@ import html
 import itertools
 import os
 import threading
+import time
 from types import SimpleNamespace
 
 from config import UserError
@@ -24,23 +25,33 @@ def said(message):
     return dict(role=message["role"], content=content)
 
 
-def answers(chat, error):
+def paced(pieces):
+    """The text so far, ten times a second: fed each token, the page would fall behind a fast
+    model, and notice a press on its stop button half a minute late."""
+    text, due = "", 0.0
+    for piece in pieces:
+        text += piece
+        if time.monotonic() >= due:
+            yield text
+            due = time.monotonic() + 0.1
+    yield text
+
+
+def answers(chat, warn):
     """What gradio calls with a question: it yields the answer so far, longer each time."""
     turns, one_at_a_time = itertools.count(), threading.Lock()
 
     def answer(question, history, system, temperature, top_p, longest):
         cfg = SimpleNamespace(**vars(chat.cfg) | dict(
             system=system.strip(), temperature=temperature, top_p=top_p, max_new_tokens=longest))
-        own, text = type(chat)(chat.model, chat.tok, cfg), ""
+        own = type(chat)(chat.model, chat.tok, cfg)
         own.messages, own.cache = [said(message) for message in history], chat.cache
         own.turn = next(turns)  # another seed: asked again, it says something else
         with one_at_a_time:  # a stopped answer may still be at its last token, in the one cache
             try:
-                for piece in own.ask(question):
-                    text += piece
-                    yield text
+                yield from paced(own.ask(question))
             except UserError as e:
-                raise error(str(e), title="出错了", print_exception=False) from e
+                warn(str(e))  # an error would leave the page's box locked
     return answer
 
 
@@ -75,7 +86,7 @@ def page(gr, chat):
         gr.Slider(1, max(1024, cfg.max_new_tokens), cfg.max_new_tokens, step=1,
                   label="回答最长多少词元")]
     made = gr.ChatInterface(
-        answers(chat, gr.Error), title="小语", save_history=True, additional_inputs=settings,
+        answers(chat, gr.Warning), title="小语", save_history=True, additional_inputs=settings,
         additional_inputs_accordion=gr.Accordion("设置", open=False, render=False),
         chatbot=gr.Chatbot(label="对话", render_markdown=False, latex_delimiters=[], buttons=[],
                            height="60vh", scale=1, render=False),
