@@ -5,8 +5,8 @@
     python bench.py sample --vs=PATH_TO_NANOGPT   # tokens a second, transformers too
     python bench.py prepare --vs=others --corpus=FILE.jsonl --tokenizer=FOLDER
 
-Each contender lives in a process of its own, so that its peak memory is its own, and works only when
-it is its turn. Weights and tokens are random: the work is the same as with real ones.
+Each contender lives in a process of its own, so that its peak memory is its own, and works only in
+its turn. Weights and tokens are random: the work is the same as with real ones.
 """
 # ---- what ----
 vs = ""               # folder of a nanoGPT checkout to compare with (prepare: any word)

@@ -95,7 +95,7 @@ class KVCache:
 
 
 class Cache:
-    """What a model has read: ids (B, T) or None, and a KVCache of max_len for each of its layers."""
+    """What a model has read: ids (B, T) or None, and each layer's KVCache of max_len."""
 
     def __init__(self, n_layer, max_len):
         self.layers, self.ids = [KVCache(max_len) for _ in range(n_layer)], None

@@ -116,13 +116,23 @@ def visible(pieces, stops):
     yield held
 
 
+def stop_texts(cfg):
+    return [s for s in cfg.stop.split("|") if s]
+
+
+def draw(model, tok, ids, cfg, seeds, cache=None):
+    """Yield a list of new ids a step, one a seed, which all continue ids; -1 where a row ended."""
+    ends = (tok.eot, tok.im_end, tok.im_start)
+    ids = torch.tensor([ids] * len(seeds), device=model.device)
+    for new in model.generate(ids, cfg.max_new_tokens, stop_ids=ends, seed=seeds, cache=cache,
+                              **sampling(cfg)):
+        yield [-1 if i in ends else i for i in new.tolist()]
+
+
 def stream(model, tok, ids, cfg, seed, cache=None):
     """Yield the text of one continuation of ids, as it comes."""
-    ends, ids = (tok.eot, tok.im_end, tok.im_start), torch.tensor([ids], device=model.device)
-    new = model.generate(ids, cfg.max_new_tokens, stop_ids=ends, seed=seed, cache=cache,
-                         **sampling(cfg))
-    pieces = (tok.decode_bytes([i]) for i in map(int, new) if i not in ends)
-    return visible(pieces, [s for s in cfg.stop.split("|") if s])
+    new = draw(model, tok, ids, cfg, [seed], cache)
+    return visible((tok.decode_bytes([i]) for i, in new if i >= 0), stop_texts(cfg))
 
 
 def show(pieces):
@@ -159,23 +169,15 @@ def continue_texts(model, tok, cfg):
     if cfg.num_samples == 1:
         print(starts[0], end="", flush=True)
         return show(stream(model, tok, ids[0], cfg, cfg.seed))
-    stops, texts = [s for s in cfg.stop.split("|") if s], {}
+    texts = {}
     for k in range(len(starts)):
         numbers = list(range(k, cfg.num_samples, len(starts)))
         for some in (numbers[i:i + ROWS] for i in range(0, len(numbers), ROWS)):
-            rows = draw(model, tok, ids[k], cfg, [cfg.seed + i for i in some])
-            texts |= {i: starts[k] + "".join(visible([tok.decode_bytes(row)], stops))
-                      for i, row in zip(some, rows)}
+            rows = zip(*draw(model, tok, ids[k], cfg, [cfg.seed + i for i in some]))
+            for i, row in zip(some, rows):
+                raw = tok.decode_bytes([t for t in row if t >= 0])
+                texts[i] = starts[k] + "".join(visible([raw], stop_texts(cfg)))
     print(f"\n{'-' * 20}\n".join(texts[i] for i in range(cfg.num_samples)))
-
-
-def draw(model, tok, ids, cfg, seeds):
-    """New ids of one row a seed, without the one that ends it."""
-    ends = (tok.eot, tok.im_end, tok.im_start)
-    ids = torch.tensor([ids] * len(seeds), device=model.device)
-    new = torch.stack(list(model.generate(ids, cfg.max_new_tokens, stop_ids=ends, seed=seeds,
-                                          **sampling(cfg))), dim=1)
-    return [[i for i in row if i >= 0 and i not in ends] for row in new.tolist()]
 
 
 # ---- talk ----
@@ -283,7 +285,7 @@ def command(chat, name="", text=""):
 
 
 def main():
-    # the settings end in no .py files here: a config would only confuse
+    # no config files: a word that ends in .py is as likely a text to continue
     cfg, words = configure(__file__, files=False)
     if words:
         raise UserError(f"'{words[0]}' is no setting. A text to continue: --start=\"{words[0]}\"")

@@ -157,7 +157,8 @@ class ChatData:
     def batch(self, step, micro):
         """ids, targets, doc_ids (up to batch_size, up to block_size) of one global micro-batch."""
         rows = self.steps[self.order.at(step)[0]]
-        return self.stack("train", np.array_split(rows, self.cfg.gradient_accumulation_steps)[micro])
+        micros = np.array_split(rows, self.cfg.gradient_accumulation_steps)
+        return self.stack("train", micros[micro])
 
     def n_trained(self, step):
         """Trained tokens of a whole step, over all its micro-batches."""

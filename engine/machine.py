@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
+from gpt import shard_like
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
@@ -84,10 +85,8 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_memory(device):
-    """Bytes this process may still take on the device; 0 = unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def free_memory():
+    """Bytes of main memory that nobody uses; 0 = unknown."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows, macOS
@@ -201,12 +200,9 @@ def load_optimizer(optimizer, state):
     """Optimizer.load_state_dict of whole tensors, each sharded as its parameter is."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
-        p = params[i]
         for name, value in values.items():
-            if hasattr(p, "device_mesh") and value.shape == p.shape:
-                from torch.distributed.tensor import distribute_tensor
-                values[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
-                                                 src_data_rank=None)  # every process has read it
+            if value.shape == params[i].shape:  # not the count of steps
+                values[name] = shard_like(value.to(params[i].device), params[i])
     optimizer.load_state_dict(state)
 
 

@@ -77,8 +77,8 @@ def print_plan(cfg, machine, model, data, step, kind):
     memory = memory_plan(model, cfg, machine)
     parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in memory.items())
     print(f"memory a process: about {sum(memory.values()) / GIB:.2f} GiB ({parts})", flush=True)
-    free = free_memory(machine.device)
-    if free and machine.device.type == "cpu" and sum(memory.values()) > free:
+    free = free_memory() if machine.device.type == "cpu" else 0
+    if free and sum(memory.values()) > free:
         print(f"only {free / GIB:.2f} GiB of memory are free: lower batch_size")
     for name, n in epochs.items():
         if n > MANY_EPOCHS and kind == "base":

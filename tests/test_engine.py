@@ -1,7 +1,8 @@
-"""The laws of the training engine: many processes equal one, memory is found, nothing bad is kept."""
+"""The laws of the training engine: many processes equal one, nothing bad is kept."""
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -252,7 +253,7 @@ def test_a_loss_that_explodes_stops_the_run_and_is_not_kept(place):
 
 def test_the_windows_named_are_those_that_were_read(demo):
     data = pretrain.TextData(Bins("demo", demo / "data"), settings())
-    places = [int(p) for p in __import__("re").findall(r"demo\[(\d+)\]", data.where(3))]
+    places = [int(p) for p in re.findall(r"demo\[(\d+)\]", data.where(3))]
     rows = torch.cat([data.batch(3, micro)[0] for micro in range(2)])
     tokens = data.train[0]
     assert len(places) == 8
