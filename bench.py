@@ -45,9 +45,9 @@ from types import SimpleNamespace
 
 import torch
 
-from config import UserError, configure, run_main
+from config import UserError, configure, is_out_of_memory, run_main
 from engine.machine import (
-    choose_device, choose_dtype, is_out_of_memory, peak_flops, peak_memory, wait_for)
+    choose_device, choose_dtype, peak_flops, peak_memory, wait_for)
 from gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).parent
@@ -303,8 +303,6 @@ def preparing(name, cfg):
     """Text to .bin: prepare.py with two workers; the fast tokenizer of transformers, a document at
     a time; and the way of nanoGPT's data/openwebtext/prepare.py, datasets.map with tiktoken on two
     processes, then 1,024 batches into a memmap."""
-    if not cfg.corpus or not cfg.tokenizer:
-        raise UserError("name what to read: --corpus=FILE.jsonl --tokenizer=FOLDER")
     file, tok = Path(cfg.corpus), cfg.tokenizer
     size = file.stat().st_size / 1e6
     convert = {"ours": prepare_ours, "transformers": prepare_hf, "nanoGPT": prepare_nanogpt}[name]
@@ -357,6 +355,21 @@ def prepare_nanogpt(file, tok):
     return time.time() - began
 
 
+def check(cfg, what):
+    """Refuse numbers that no contender could work with."""
+    for name in ("rounds", "steps", "block_size", "max_new_tokens"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name}={getattr(cfg, name)} must be greater than 0")
+    if cfg.batch_size < (what != "train" or choose_device(cfg.device).type == "cpu"):
+        raise UserError("batch_size=0, the best one, is looked for on a GPU alone")
+    try:
+        our_model_flops(cfg)
+    except ValueError as e:
+        raise UserError(e) from e
+    if what == "prepare" and not (Path(cfg.corpus).is_file() and Path(cfg.tokenizer).exists()):
+        raise UserError("name what to read: --corpus=FILE.jsonl --tokenizer=FOLDER")
+
+
 def main():
     if len(sys.argv) == 2 and sys.argv[1].startswith("--as="):
         return serve(sys.argv[1][5:])
@@ -364,6 +377,7 @@ def main():
     what = words[0] if words else "train"
     if what not in OTHERS or len(words) > 1:
         raise UserError(f"'{' '.join(words)}' is none of {', '.join(OTHERS)}")
+    check(cfg, what)
     for name in ("vs", "corpus", "tokenizer"):  # contenders work in a folder of their own
         path = getattr(cfg, name)
         setattr(cfg, name, str(Path(path).resolve()) if path else "")

@@ -46,11 +46,13 @@ from data.questions import answers, letters, read_questions, sentences, title_qu
 from data.records import RECORDS
 from data.sources import read_text
 from engine.machine import choose_device, choose_dtype
-from engine.rundir import load_model
-from engine.score import bar, bits_per_byte, choose, standard_error
+from engine.rundir import RANGES, check_range, load_model
+from engine.score import bits_per_byte, choose, standard_error
+from sample import continue_starts
 
-LOWEST = dict(block_size=2, batch_size=1, stride=0, seed=0, num_samples=1, max_new_tokens=1,
-              temperature=0.0, top_k=0, top_p=1e-6, repetition_penalty=1e-3)
+NUMBERS = RANGES | dict(block_size=(2, 2**40), batch_size=(1, 2**40), stride=(0, 2**40),
+                        seed=(0, 2**62), num_samples=(1, 2**40), max_new_tokens=(1, 2**40))
+NUMBERS.pop("min_p")  # no setting here
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def documents(bins, split):
 
 
 def one_word(words, what):
-    if len(words) != 1:
+    if len(words) != 1 or not words[0].strip():
         raise UserError(f"name one {what}; this is: {' '.join(words) or 'none'}")
     return words[0]
 
@@ -186,20 +188,6 @@ def print_line(name, n_read, marks):
 
 # ---- memorisation ----
 
-def sample_texts(model, tok, cfg):
-    """What the model writes: num_samples new texts, without their starts."""
-    starts, device, texts = cfg.starts.split("|"), model.wte.weight.device, []
-    for i in bar(range(cfg.num_samples), " samples"):
-        ids = torch.tensor([[tok.eot, *tok.encode(starts[i % len(starts)])]], device=device)
-        new = [step.item() for step in model.generate(
-            ids, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-            repetition_penalty=cfg.repetition_penalty, stop_ids=(tok.eot, tok.im_end),
-            seed=cfg.seed + i)]
-        raw = tok.decode_bytes([i for i in new if i not in (tok.eot, tok.im_end)])
-        texts.append(raw.decode(errors="ignore"))
-    return texts
-
-
 def ngrams(text, n):
     return {text[i:i + n] for i in range(len(text) - n + 1)}
 
@@ -226,7 +214,8 @@ def overlap(cfg, words):
     """Print how much of the model's samples, and of held-out text, a set's train split holds."""
     bins = Bins(one_word(words, "prepared set"))
     with loaded(cfg) as (model, tok):
-        samples = sample_texts(model, tok, cfg)
+        cfg.min_p, cfg.stop = 0.0, ""
+        samples = [text for _, text in continue_starts(model, tok, cfg.starts.split("|"), cfg)]
     left, held_out = sum(map(len, samples)), []
     for text, _ in documents(bins, "val"):  # as much of it, to compare with
         held_out.append(text[:left])
@@ -250,9 +239,8 @@ def main():
     cfg, words = configure(__file__, files=False)
     if not words or words[0] not in TASKS:
         raise UserError(f"say what to measure: {', '.join(TASKS)} (--help tells how)")
-    for name, lowest in LOWEST.items():
-        if not lowest <= getattr(cfg, name) < 2**62:
-            raise UserError(f"{name}={getattr(cfg, name)} must be at least {lowest}")
+    for name, (low, high) in NUMBERS.items():
+        check_range(name, getattr(cfg, name), low, high)
     TASKS[words[0]](cfg, words[1:])
 
 

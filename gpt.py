@@ -11,7 +11,7 @@ Needs torch and the standard library; safetensors and huggingface_hub only where
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -39,6 +39,12 @@ class GPTConfig:
     tie: bool = True         # the output head is the embedding matrix
 
     def __post_init__(self):
+        for f in fields(self):  # a config.json may hold anything; 0 only where it is the default
+            value, number = getattr(self, f.name), f.type in (int, float)
+            if (type(value) not in ((int, float) if f.type is float else (f.type,))
+                    or number and not (0 < value < 2**31 or value == f.default)):
+                raise ValueError(f"{f.name} is {value!r}, no {'sensible ' * number}"
+                                 f"{f.type.__name__}")
         modern = self.arch == "qwen3"
         if self.arch not in ("gpt2", "qwen3"):
             raise ValueError(f"arch is {self.arch!r}; known are 'gpt2' and 'qwen3'")
@@ -574,7 +580,10 @@ class GPT(nn.Module):
             except SafetensorError as e:
                 raise ValueError(f"{file}: damaged ({e})") from e
         config.dropout = dropout
-        model = cls(config)
+        if config.n_layer > len(tensors):
+            raise ValueError(f"{folder}: {len(tensors)} tensors for {config.n_layer} layers")
+        with torch.device("meta"):  # no memory and no random numbers before names and shapes fit
+            model = cls(config)
         model.load_hf_tensors(tensors, folder)
         if 0 < block_size < config.block_size:
             config.block_size = block_size
@@ -584,7 +593,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def load_hf_tensors(self, tensors, source):
-        """Copy a transformers state dict into this model, every tensor or none."""
+        """Give this model, on the meta device, the tensors of a transformers state dict."""
         tensors = dict(tensors)
         if self.config.arch == "gpt2":  # the hub's oldest files lack the prefix, hold mask buffers
             tensors = {f"transformer.{k.removeprefix('transformer.')}": t
@@ -608,9 +617,13 @@ class GPT(nn.Module):
             if tensor.shape != want:
                 raise ValueError(f"{source}: {theirs} has shape {tuple(tensors[theirs].shape)}, "
                                  f"config.json says {want}")
-            copies += [(state[name], part) for name, part in zip(ours, tensor.split(rows))]
-        for target, part in copies:
-            target.copy_(part)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{source}: {theirs} holds values that are not finite")
+            copies += [(name, part) for name, part in zip(ours, tensor.split(rows))]
+        self.to_empty(device="cpu")
+        state = self.state_dict()
+        for name, part in copies:
+            state[name].copy_(part)
 
 
 # ---- the same model in Hugging Face's words ----

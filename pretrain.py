@@ -53,7 +53,6 @@ dtype = "auto"            # float32, bfloat16, float16; auto: 16 bits where hard
 compile = False           # torch.compile: worth its minute on a GPU
 fsdp = False              # share weights and optimizer among the processes: models past one card
 
-import json
 import math
 import shlex
 import sys
@@ -64,7 +63,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import UserError, configure, run_main
+from config import UserError, configure, is_out_of_memory, run_main
 from data.batches import TextData, tokens_per_step
 from data.bins import open_sets
 from engine import machine as machines
@@ -74,6 +73,7 @@ from engine.rundir import (
     SAMPLING, SHAPE, RunDir, find_checkpoint, load_base, plot_losses, restore_model)
 from gpt import GPT, GPTConfig
 
+LARGEST = 2**40  # of any setting: products of three still fit the 128 bits that hold them
 TIMED_STEPS = 3  # before the first word on how long it will take; the step before them warms up
 
 
@@ -149,12 +149,15 @@ class Trainer:
 
     def leave(self):
         """Save where the run stands, say how it goes on, and end as the signal asks for."""
+        number = self.stop.agreed(self.machine)
         if self.step != self.resumed_at and self.step:
             self.save_checkpoint()
         if self.machine.world > 1:
             dist.destroy_process_group()
-        print(f"stopped at step {self.step:,}. Go on with:  python {shlex.join(sys.argv)}")
-        sys.exit(128 + self.stop.signal)
+        how = ("the same torchrun command" if self.machine.world > 1 else
+               f"python {shlex.join(sys.argv)}")
+        print(f"stopped at step {self.step:,}. Go on with:  {how}")
+        sys.exit(128 + number)
 
     def train_step(self):
         """One optimizer step -> its mean loss and gradient norm, as tensors; None where a lone
@@ -163,7 +166,7 @@ class Trainer:
         n, total = self.data.n_trained(self.step), torch.zeros((), device=m.device)
         micros = range(m.rank, cfg.gradient_accumulation_steps, m.world)
         for micro in micros:
-            if self.stop.signal and m.world == 1:
+            if self.stop.received and m.world == 1:
                 return self.model.zero_grad(set_to_none=True)
             began = time.perf_counter()
             batch = [to_device(t, m.device) for t in self.data.batch(self.step, micro)]
@@ -384,12 +387,12 @@ def check_settings(cfg, words):
     for name in ("block_size", "batch_size", "gradient_accumulation_steps", "n_layer", "n_head",
                  "n_embd", "max_iters", "log_interval", "eval_interval", "checkpoint_interval",
                  "learning_rate"):
-        if hasattr(cfg, name) and not 0 < getattr(cfg, name) < 2**63:
-            raise UserError(f"{name}={getattr(cfg, name)} must be greater than 0")
+        if hasattr(cfg, name) and not 0 < getattr(cfg, name) < LARGEST:
+            raise UserError(f"{name}={getattr(cfg, name)} must be greater than 0 and below 2^40")
     for name in ("seed", "n_kv_head", "n_inner", "eval_tokens", "muon_lr", "min_lr", "warmup_iters",
                  "weight_decay", "grad_clip"):
-        if hasattr(cfg, name) and not 0 <= getattr(cfg, name) < 2**63:
-            raise UserError(f"{name}={getattr(cfg, name)} must be 0 or more")
+        if hasattr(cfg, name) and not 0 <= getattr(cfg, name) < LARGEST:
+            raise UserError(f"{name}={getattr(cfg, name)} must be 0 or more and below 2^40")
     for name in ("dropout", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)} is not a share between 0 and 1")
@@ -427,8 +430,8 @@ def train(cfg, make_model, make_data, kind):
         fit_micro_batch(cfg, machine, model, data)
         trainer = Trainer(cfg, machine, model, data, kind, checkpoint)
         trainer.dry_run() if cfg.dry_run else trainer.run()
-    except RuntimeError as e:
-        if not machines.is_out_of_memory(e):
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
             raise
         raise UserError(f"{machine.device} is out of memory: halve batch_size={cfg.batch_size} and "
                         f"double gradient_accumulation_steps={cfg.gradient_accumulation_steps}; "

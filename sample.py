@@ -37,12 +37,10 @@ import torch
 from config import UserError, configure, newest_model, run_main
 from data.files import write_file
 from engine.machine import choose_device, choose_dtype
-from engine.rundir import load_model
+from engine.rundir import RANGES, check_range, load_model, read_generation
 from gpt import Cache
 
-LOWEST = dict(max_new_tokens=1, num_samples=1, seed=0, temperature=0.0, top_k=0, top_p=1e-6,
-              min_p=0.0, repetition_penalty=1e-3)
-PLAIN = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+NUMBERS = dict(max_new_tokens=(1, 2**40), num_samples=(1, 2**40), seed=(0, 2**62))
 ROWS = 16              # samples drawn at once
 LONGEST_TOKEN = 16     # characters a token has at most on average: more text than that is not read
 HELP = """/new            begin anew
@@ -62,38 +60,21 @@ def load(cfg):
                         "or name one: --model=FOLDER_OR_HUB_ID")
     model, tok = load_model(Path(path).as_posix())
     device = choose_device(cfg.device)
-    fill_in(cfg, Path(path) / "generation_config.json")
+    for name, value in read_generation(path)[0].items():  # those left at -1 are the model's own
+        if getattr(cfg, name) == -1:
+            setattr(cfg, name, value)
+        check_range(name, getattr(cfg, name), *RANGES[name])
     print(f"[{Path(path).as_posix()}]", file=sys.stderr)
     auto_on_cpu = cfg.dtype == "auto" and device.type == "cpu"
     dtype = torch.float32 if auto_on_cpu else choose_dtype(cfg.dtype, device.type)
     return model.to(device, dtype).eval(), tok
 
 
-def fill_in(cfg, file):
-    """Sampling settings left at -1 come from the model's own file, where it has one."""
-    try:
-        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        own = {name: type(PLAIN[name])(own.get(name) or PLAIN[name]) for name in PLAIN}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-        raise UserError(f"{file} can't be read ({type(e).__name__})") from e
-    for name, value in own.items():
-        if getattr(cfg, name) == -1:
-            setattr(cfg, name, value)
-        check(cfg, name)
-
-
-def check(cfg, name):
-    if not LOWEST[name] <= getattr(cfg, name) < 2**62:
-        raise UserError(f"{name}={getattr(cfg, name)} must be at least {LOWEST[name]}")
-    if name == "min_p" and cfg.min_p > 1:
-        raise UserError(f"min_p={cfg.min_p} must be at most 1")
-
-
 # ---- tokens to text ----
 
 def sampling(cfg):
     """The settings generate() takes."""
-    return {name: getattr(cfg, name) for name in PLAIN}
+    return {name: getattr(cfg, name) for name in RANGES}
 
 
 def visible(pieces, stops):
@@ -162,22 +143,29 @@ def start_ids(tok, start, context):
     return ids[-context - 1:]
 
 
-def continue_texts(model, tok, cfg):
-    """Print num_samples continuations; those of one start are drawn together."""
-    starts = cfg.starts.split("|") if cfg.starts else [read_start(cfg.start)]
-    ids = [start_ids(tok, start, model.config.block_size) for start in starts]
-    if cfg.num_samples == 1:
-        print(starts[0], end="", flush=True)
-        return show(stream(model, tok, ids[0], cfg, cfg.seed))
-    texts = {}
-    for k in range(len(starts)):
-        numbers = list(range(k, cfg.num_samples, len(starts)))
+def continue_starts(model, tok, starts, cfg):
+    """num_samples texts, (start, what follows) each; those of one start are drawn together."""
+    texts = [None] * cfg.num_samples
+    for k, start in enumerate(starts):
+        ids = start_ids(tok, start, model.config.block_size)
+        numbers = range(k, cfg.num_samples, len(starts))
         for some in (numbers[i:i + ROWS] for i in range(0, len(numbers), ROWS)):
-            rows = zip(*draw(model, tok, ids[k], cfg, [cfg.seed + i for i in some]))
+            rows = zip(*draw(model, tok, ids, cfg, [cfg.seed + i for i in some]))
             for i, row in zip(some, rows):
                 raw = tok.decode_bytes([t for t in row if t >= 0])
-                texts[i] = starts[k] + "".join(visible([raw], stop_texts(cfg)))
-    print(f"\n{'-' * 20}\n".join(texts[i] for i in range(cfg.num_samples)))
+                texts[i] = start, "".join(visible([raw], stop_texts(cfg)))
+    return texts
+
+
+def continue_texts(model, tok, cfg):
+    """Print num_samples continuations; a lone one as it comes."""
+    starts = cfg.starts.split("|") if cfg.starts else [read_start(cfg.start)]
+    if cfg.num_samples == 1:
+        print(starts[0], end="", flush=True)
+        ids = start_ids(tok, starts[0], model.config.block_size)
+        return show(stream(model, tok, ids, cfg, cfg.seed))
+    texts = continue_starts(model, tok, starts, cfg)
+    print(f"\n{'-' * 20}\n".join(start + text for start, text in texts))
 
 
 # ---- talk ----
@@ -254,6 +242,8 @@ def talk(model, tok, cfg):
             print()
         except EOFError:
             return
+        except UserError as e:  # a question or system message that does not fit
+            print(f"sample.py: {e}", file=sys.stderr)
         except UnicodeDecodeError as e:
             raise UserError(f"the question is not UTF-8 (byte {e.start})") from e
 
@@ -267,10 +257,9 @@ def command(chat, name="", text=""):
     elif name == "temperature":
         try:
             value = float(text)
-            if not 0 <= value <= 1e3:  # nan is not either
-                raise ValueError
+            check_range(name, value, *RANGES[name])
             chat.cfg.temperature = value
-        except ValueError:
+        except (ValueError, UserError):
             print(f"'{text}' is no number from 0 to 1000", file=sys.stderr)
     elif name == "save" and text:
         opening = [dict(role="system", content=chat.system)] if chat.system else []
@@ -289,8 +278,8 @@ def main():
     cfg, words = configure(__file__, files=False)
     if words:
         raise UserError(f"'{words[0]}' is no setting. A text to continue: --start=\"{words[0]}\"")
-    for name in ("max_new_tokens", "num_samples", "seed"):
-        check(cfg, name)
+    for name, (low, high) in NUMBERS.items():
+        check_range(name, getattr(cfg, name), low, high)
     model, tok = load(cfg)
     if cfg.web:
         from engine.web import serve

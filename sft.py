@@ -160,6 +160,10 @@ class ChatData:
         micros = np.array_split(rows, self.cfg.gradient_accumulation_steps)
         return self.stack("train", micros[micro])
 
+    def widest(self):
+        """As many tokens as a micro-batch can have."""
+        return self.stack("train", range(min(self.cfg.batch_size, len(self.rows["train"]))))
+
     def n_trained(self, step):
         """Trained tokens of a whole step, over all its micro-batches."""
         rows = self.steps[self.order.at(step)[0]]

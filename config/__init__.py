@@ -23,6 +23,9 @@ class UserError(Exception):
 def run_main(main, script):
     """Call main(); a UserError becomes `script: message` and exit code 2, Ctrl-C becomes 130."""
     name = Path(script).name
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed by the shell: `>&-`
+            setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a Windows console may not know every character
     try:
@@ -40,6 +43,16 @@ def run_main(main, script):
         where = f"{e.filename}: " if e.filename else ""
         advice = ". Free some space and start again" if e.errno == errno.ENOSPC else ""
         sys.exit(_fail(name, f"{where}{e.strerror}{advice}", 2))
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        sys.exit(_fail(name, "out of memory; something smaller is needed", 2))
+
+
+def is_out_of_memory(error):
+    """Whether numpy, torch or one of its devices could not get the memory it asked for."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _fail(name, message, code):

@@ -110,6 +110,10 @@ class TextData:
         rows = torch.from_numpy(np.stack(windows))  # (batch_size, block_size + 1)
         return rows[:, :-1], rows[:, 1:], None
 
+    def widest(self):
+        """As many tokens as a micro-batch can have."""
+        return self.batch(0, 0)
+
     def where(self, step):
         """Where the tokens of a step come from, for a message: places in the sets' train.bin."""
         rows = rows_of_step(self.cfg, step)

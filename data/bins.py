@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from data.files import write_file
+from data.files import lock, write_file
 from data.tokenizer import Tokenizer
 
 VERSION = 1
@@ -26,20 +26,6 @@ SPLITS = ("train", "val")
 def id_dtype(n_ids):
     """The type that token ids below n_ids are stored in."""
     return np.dtype("<u2" if n_ids <= 2**16 else "<u4")
-
-
-def lock(path, folder):
-    """An open file that no other process gets while this one lives; UserError if one has it."""
-    file = open(path, "wb")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows lets no second process replace the files this one has open
-        pass
-    except BlockingIOError as e:
-        file.close()
-        raise UserError(f"{folder} is being prepared by another process") from e
-    return file
 
 
 class BinWriter:
@@ -52,7 +38,7 @@ class BinWriter:
         self.folder, self.n_ids, self.dtype = Path(folder), n_ids, id_dtype(n_ids)
         self.part = self.folder / ".part"
         self.part.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.part / "lock", self.folder)
+        self.lock = lock(self.part / "lock", f"another process is preparing {self.folder}")
         self.files = {s: open(self.part / f"{s}.bin", "w+b") for s in SPLITS}
         self.restart()
 

@@ -172,8 +172,26 @@ def write_file(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:  # of a full disk it names no file
+        e.filename = e.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def lock(path, taken):
+    """An open file that no other process gets while this one lives; UserError(taken) if one has it.
+    """
+    file = open(path, "wb")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.close()
+        raise UserError(taken) from e
+    except (ImportError, OSError):  # Windows; network file systems without locks
+        pass
+    return file
 
 
 # ---- text ----

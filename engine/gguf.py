@@ -9,7 +9,6 @@ normalizes, llama.cpp reads as it is.
 # ---- what is written ----
 dtype = "float16"        # of the matrices; float32 keeps every bit in twice the room
 
-import json
 import os
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +22,7 @@ except ImportError:
 
 from config import UserError, configure, run_main
 from data.tokenizer import CHAT_TEMPLATE, QWEN_REGEX
-from engine.rundir import load_model
+from engine.rundir import load_model, read_generation
 from gpt import hf_names
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -38,10 +37,12 @@ def write_gguf(folder, file, dtype="float16"):
         raise UserError(f"{folder} has the exact GELU, llama.cpp only the tanh one")
     if tok.fast is None:
         raise UserError(f"{folder}: llama.cpp does not know its tokenizer's splitting rule")
+    if Path(file).exists() and not Path(file).is_file():
+        raise UserError(f"{file} is no file that could be replaced")
     part = Path(f"{file}.part")
     writer = gguf.GGUFWriter(part, model.config.arch)
     add_shape(writer, model.config)
-    add_tokenizer(writer, tok, Path(folder) / "generation_config.json")
+    add_tokenizer(writer, tok, *read_generation(folder))
     add_tensors(writer, model, tok.n_ids, DTYPES[dtype])
     try:
         with closing(writer):
@@ -70,8 +71,8 @@ def add_shape(writer, c):
     writer.add_rope_freq_base(c.rope_theta)
 
 
-def add_tokenizer(writer, tok, generation):
-    """Vocabulary and merges, what ends a text, and how to sample, as the file generation says."""
+def add_tokenizer(writer, tok, sampling, ends):
+    """Vocabulary and merges, the ids that end a text, and how to sample."""
     bpe, kinds = tok.spec["model"], gguf.TokenType
     tokens = {i: (text, kinds.NORMAL) for text, i in bpe["vocab"].items()}
     tokens |= {i: (text, kinds.CONTROL) for text, i in tok.specials.items()}
@@ -83,7 +84,12 @@ def add_tokenizer(writer, tok, generation):
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]])
-    end = add_sampling(writer, generation, tok.eot)
+    for name, theirs in SAMPLING.items():  # these become llama.cpp's defaults
+        getattr(writer, f"add_sampling_{theirs}")(sampling[name])
+    writer.add_sampling_penalty_last_n(-1)  # ours sees the whole context, not the last 64
+    end = ends[0] if ends else tok.eot
+    if not 0 <= end < tok.n_ids:
+        raise UserError(f"eos_token_id {end} in generation_config.json is no id of its tokenizer")
     writer.add_bos_token_id(tok.eot)
     writer.add_eos_token_id(end)
     writer.add_eot_token_id(tok.im_end)  # else the first found of both ends, in no certain order
@@ -91,20 +97,6 @@ def add_tokenizer(writer, tok, generation):
     writer.add_add_bos_token(end == tok.eot)  # as sample.py begins a text, but not a conversation
     if end != tok.eot:  # with a template, llama-cli would talk with a base model
         writer.add_chat_template(CHAT_TEMPLATE)
-
-
-def add_sampling(writer, file, end):
-    """llama.cpp's defaults become those of generation_config.json -> its first eos id, or end."""
-    try:
-        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        for name, theirs in SAMPLING.items():
-            if own.get(name) is not None:
-                getattr(writer, f"add_sampling_{theirs}")(own[name])
-        eos = own.get("eos_token_id", end)
-    except (ValueError, AttributeError, TypeError) as e:
-        raise UserError(f"{file} can't be read ({type(e).__name__})") from e
-    writer.add_sampling_penalty_last_n(-1)  # ours sees the whole context, not the last 64
-    return eos[0] if isinstance(eos, list) else eos
 
 
 def add_tensors(writer, model, n_ids, dtype):

@@ -30,10 +30,10 @@ def choose_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise UserError(f"device={name} can't be used here ({str(e).splitlines()[0]})") from e
     return device
 
@@ -93,11 +93,6 @@ def free_memory():
         return 0
 
 
-def is_out_of_memory(error):
-    words = ("not enough memory", "can't allocate memory")  # of the CPU's allocator
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
-
-
 # ---- several processes ----
 
 def set_up_machine(cfg):
@@ -111,7 +106,7 @@ def set_up_machine(cfg):
                         f"{os.environ.get('WORLD_SIZE')}: torchrun sets both, nobody else") from e
     device = choose_device(cfg.device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        meet("nccl" if device.type == "cuda" else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all
     if cfg.gradient_accumulation_steps % world:
@@ -126,6 +121,20 @@ def set_up_machine(cfg):
         device=device, dtype=dtype, rank=rank, world=world, main=rank == 0, fsdp=cfg.fsdp,
         cpu_group=dist.new_group(backend="gloo") if world > 1 else None,  # no GPU waits for it
         autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32))
+
+
+def meet(backend):
+    """Join the other processes that torchrun has started."""
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # started again after one has died, the others would find the addresses of the dead;
+            # several machines count restarts each for itself, README has their way
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except (ValueError, RuntimeError) as e:
+        raise UserError("the processes did not find each other; torchrun starts them so that "
+                        f"they do ({str(e).splitlines()[0]})") from e
 
 
 def largest(number, machine):
@@ -201,8 +210,11 @@ def load_optimizer(optimizer, state):
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
         for name, value in values.items():
-            if value.shape == params[i].shape:  # not the count of steps
-                values[name] = shard_like(value.to(params[i].device), params[i])
+            if name == "step":
+                continue
+            if value.shape != params[i].shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}")
+            values[name] = shard_like(value.to(params[i].device), params[i])
     optimizer.load_state_dict(state)
 
 
@@ -211,7 +223,7 @@ class StopWish:
     process at once."""
 
     def __init__(self):
-        self.signal = 0
+        self.received = 0  # by this process; written by its handler alone, at any moment
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -222,11 +234,10 @@ class StopWish:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if self.signal:
+        if self.received:
             os._exit(128 + number)
-        self.signal = number
+        self.received = number
 
     def agreed(self, machine):
-        """Whether any process has it; all processes ask together, and stop together."""
-        self.signal = largest(self.signal, machine)
-        return self.signal
+        """A signal that any process has, or 0; all processes ask together, and stop together."""
+        return largest(self.received, machine)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import torch
 
-from config import UserError
+from config import UserError, is_out_of_memory
 from data.batches import tokens_per_step
-from engine.machine import PEAK_FLOPS, free_memory, is_out_of_memory, largest, to_device
+from engine.machine import PEAK_FLOPS, free_memory, largest, to_device
 from gpt import GPT, GPTConfig
 
 MANY_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
@@ -112,7 +112,7 @@ def fits(cfg, machine, model, data):
     try:
         room = torch.empty(state_bytes(model, cfg.optimizer)[2], dtype=torch.uint8,
                            device=machine.device)
-        batch = [to_device(t, machine.device) for t in data.batch(0, machine.rank)]
+        batch = [to_device(t, machine.device) for t in data.widest()]
         with machine.autocast():
             loss, _ = model(*batch)
         loss.backward()

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 
 from config import UserError
 from data.bins import replace_folder
-from data.files import write_file
+from data.files import lock, write_file
 from data.tokenizer import load_tokenizer
 from gpt import GPT, GPTConfig
 
@@ -24,6 +25,10 @@ SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_in
 SAMPLING = {  # small models like to go round in circles; answers have to repeat the question
     "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
     "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
+
+PLAIN = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+RANGES = dict(temperature=(0.0, 1e3), top_k=(0, 2**31), top_p=(1e-6, 1.0), min_p=(0.0, 1.0),
+              repetition_penalty=(1e-3, 1e3))
 
 
 class RunDir:
@@ -37,12 +42,15 @@ class RunDir:
         """run.json, and the log cut back to the step this run starts from."""
         if not self.main:
             return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.path / ".lock", f"another run is writing to {self.path}")
         if step == 0:
             clear_run(self.path)
+        for part in self.path.glob("ckpt_step_*.part"):  # of a run that was killed
+            part.unlink()
         old = self.path / "best.old"  # killed while best/ was being replaced
         if old.is_dir() and not (self.path / "best").exists():
             os.replace(old, self.path / "best")
-        self.path.mkdir(parents=True, exist_ok=True)
         log = self.path / "log.jsonl"
         lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
         kept = [line for line in lines if step and is_json_up_to(line, step)]
@@ -105,7 +113,7 @@ class RunDir:
         try:
             config = json.loads((self.path / "best" / "config.json").read_text(encoding="utf-8"))
             return float(config["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return float("inf")
 
 
@@ -117,15 +125,15 @@ def whole_or_nothing(part):
     except (OSError, RuntimeError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         reason = str(e).splitlines()[0]
-        raise UserError(f"{part} can't be written ({reason}). Is the disk full? The checkpoint "
-                        "before is sound; the same command goes on from it") from e
+        raise UserError(f"{part} can't be written ({reason}). Is the disk full? The same command "
+                        "goes on from the checkpoint before, where there is one") from e
 
 
 def is_json_up_to(line, step):
     """Whether a line of log.jsonl is whole and not later than step."""
     try:
         return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -140,8 +148,12 @@ def open_trackers(cfg, path):
         file = path / "wandb_id"  # one for all parts of a run that was stopped and went on
         if not file.is_file():
             write_file(file, secrets.token_hex(4))
-        wandb.init(project=cfg.wandb_project, name=path.name, dir=str(path), config=vars(cfg),
-                   id=file.read_text(encoding="utf-8"), resume="allow")
+        try:
+            wandb.init(project=cfg.wandb_project, name=path.name, dir=str(path), config=vars(cfg),
+                       id=file.read_text(encoding="utf-8"), resume="allow")
+        except Exception as e:  # it raises what it likes
+            raise UserError(f"wandb: {e}. WANDB_MODE=offline needs neither login nor "
+                            "network") from e
         trackers.append(lambda step, values: wandb.log(values, step=step))
     if cfg.tensorboard:
         try:
@@ -181,7 +193,7 @@ def plot_losses(out):
 
 def checkpoint_files(out):
     """Checkpoints of a run, the newest first."""
-    files = [p for p in Path(out).glob("ckpt_step_*.pt") if p.stem[10:].isdigit()]
+    files = [p for p in Path(out).glob("ckpt_step_*.pt") if p.stem[10:].isdecimal()]
     return sorted(files, key=lambda p: -int(p.stem[10:]))
 
 
@@ -202,11 +214,7 @@ def find_checkpoint(cfg, bins):
         raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")
     for file in files:
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            missing = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers",
-                       "scaler", "data"} - checkpoint.keys()
-            if missing:
-                raise KeyError(*missing)
+            checkpoint = read_checkpoint(file)
         except Exception as e:  # a file cut short raises almost anything
             print(f"{file} is damaged ({type(e).__name__}); trying the one before", file=sys.stderr)
             continue
@@ -223,6 +231,21 @@ def find_checkpoint(cfg, bins):
         raise UserError(f"{out} holds {', '.join(kept)} and no checkpoint to go on from. Choose "
                         "another --out_dir, or add --overwrite")
     return None
+
+
+def read_checkpoint(file):
+    """A checkpoint whose bytes are those that were written; else it raises almost anything."""
+    with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
+        if archive.testzip():
+            raise zipfile.BadZipFile
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    missing = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers", "scaler",
+               "data"} - checkpoint.keys()
+    if missing:
+        raise KeyError(*missing)
+    if checkpoint["step"] != int(file.stem[10:]):
+        raise ValueError("it is of another step than its name says")
+    return checkpoint
 
 
 def check_resumable(cfg, bins, checkpoint, file):
@@ -274,6 +297,30 @@ def load_model(path, dropout=0.0, block_size=0, grow=False):
                         f"{model.config.vocab_size}")
     model.config.n_ids = min(model.config.n_ids, tok.n_ids)
     return model, tok
+
+
+def read_generation(folder):
+    """Sampling settings of a model folder's generation_config.json, PLAIN's where it says nothing,
+    and the ids that end a text -> (dict, list)."""
+    file = Path(folder) / "generation_config.json"
+    try:
+        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = {name: type(plain)(plain if own.get(name) is None else own[name])
+                    for name, plain in PLAIN.items()}
+        if own.get("do_sample") is False:
+            settings["temperature"] = 0.0
+        eos = own.get("eos_token_id")
+        eos = [int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise UserError(f"{file} can't be read ({type(e).__name__})") from e
+    for name, value in settings.items():
+        check_range(name, value, *RANGES[name], f"{file}: ")
+    return settings, eos
+
+
+def check_range(name, value, low, high, where=""):
+    if not low <= value <= high:  # nan is not either
+        raise UserError(f"{where}{name}={value} is not from {low} to {high}")
 
 
 def load_base(path, bins, dropout, block_size=0):
