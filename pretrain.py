@@ -70,7 +70,7 @@ from engine import machine as machines
 from engine.machine import StopWish, set_up_machine, to_device
 from engine.plan import fit_micro_batch, print_plan
 from engine.rundir import (
-    SAMPLING, SHAPE, RunDir, find_checkpoint, load_base, plot_losses, restore_model)
+    SAMPLING, SHAPE, RunDir, checked, find_checkpoint, load_base, plot_losses, restore_model)
 from gpt import GPT, GPTConfig
 
 LARGEST = 2**40  # of any setting: products of three still fit the 128 bits that hold them
@@ -95,6 +95,7 @@ class Trainer:
         if checkpoint:
             self.restore(checkpoint)
 
+    @checked()
     def restore(self, checkpoint):
         """Take up a checkpoint's state; rates and decay are this command's."""
         self.step = self.resumed_at = checkpoint["step"]
@@ -287,7 +288,7 @@ class Trainer:
             raise UserError(
                 f"step {step + 1} went wrong: loss {losses[bad[0]].item():.4g}, gradient norm at "
                 f"step {self.step} {self.norm.item():.4g}; it read {self.data.where(step)}. Lower "
-                f"learning_rate or muon_lr; the last checkpoint in {self.files.path} is sound")
+                f"learning_rate or muon_lr; what {self.files.path} keeps is from before it")
         return losses.mean().item()
 
     def print_time(self):

@@ -108,12 +108,23 @@ def test_a_model_made_by_transformers_loads(tmp_path):
     (dict(model_type="llama"), "llama"), (dict(attention_bias=True), "attention_bias"),
     (dict(use_sliding_window=True), "use_sliding_window"), (dict(hidden_size=64), "shape"),
     (dict(rope_parameters=dict(rope_type="yarn")), "yarn"), (dict(num_hidden_layers=9), "missing"),
-    (dict(num_hidden_layers=1), "unknown"), (dict(hidden_size="x"), "config.json")])
+    (dict(num_hidden_layers=1), "unknown"), (dict(hidden_size="x"), "config.json"),
+    (dict(num_hidden_layers=10**9), "layers"), (dict(num_attention_heads=0), "n_head"),
+    (dict(vocab_size=True), "vocab_size"), (dict(rms_norm_eps=float("nan")), "norm_eps"),
+    (dict(head_dim=2**40), "head_dim"), (dict(tie_word_embeddings=3), "tie")])
 def test_a_folder_that_does_not_fit_is_refused(change, what, tmp_path):
     make("qwen3").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(ValueError, match=what):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = make("gpt2")
+    model.blocks[0].norm1.weight.data[0] = math.inf
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="transformer.h.0.ln_1.weight holds values that are not"):
         GPT.from_pretrained(tmp_path)
 
 

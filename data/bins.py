@@ -38,7 +38,7 @@ class BinWriter:
         self.folder, self.n_ids, self.dtype = Path(folder), n_ids, id_dtype(n_ids)
         self.part = self.folder / ".part"
         self.part.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.part / "lock", f"another process is preparing {self.folder}")
+        self.lock = lock(self.part / "lock", f"{self.folder} is being prepared by another process")
         self.files = {s: open(self.part / f"{s}.bin", "w+b") for s in SPLITS}
         self.restart()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import UserError
+from config import UserError, is_out_of_memory
 from data.bins import replace_folder
 from data.files import lock, write_file
 from data.tokenizer import load_tokenizer
@@ -248,6 +248,20 @@ def read_checkpoint(file):
     return checkpoint
 
 
+@contextmanager
+def checked():
+    """A decorator of what takes up a checkpoint: what does not fit in it becomes one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            raise
+        raise UserError("that checkpoint is none this program wrote "
+                        f"({type(e).__name__}: {str(e).splitlines()[0]}). Start anew: --overwrite"
+                        ) from e
+
+
+@checked()
 def check_resumable(cfg, bins, checkpoint, file):
     """Refuse to go on with another model, other data, another seed or other steps."""
     old, new = checkpoint["cfg"], vars(cfg) | dict(data=bins.fingerprint())
@@ -262,6 +276,7 @@ def check_resumable(cfg, bins, checkpoint, file):
                             "Choose another --out_dir for a new run, or --overwrite this one")
 
 
+@checked()
 def restore_model(cfg, checkpoint):
     """The checkpoint's model, with this command's dropout."""
     model = GPT(GPTConfig(**checkpoint["model_config"] | dict(dropout=cfg.dropout)))

@@ -230,7 +230,8 @@ def test_overlap_finds_exactly_a_planted_passage(base, monkeypatch, capsys):
     monkeypatch.chdir(base)
     train_text = [text for text, _ in evaluation.documents(Bins("demo"), "train")][100]
     planted = train_text[5:45]
-    monkeypatch.setattr(evaluation, "sample_texts", lambda *words: ["壹", f"㐀{planted}㐀"])
+    monkeypatch.setattr(evaluation, "continue_starts",
+                        lambda *words: [("", "壹"), ("", f"㐀{planted}㐀")])
     said = say(capsys, "overlap", "demo", "--model=out/tiny/best")
     assert f"40 characters: {planted!r}" in said and "held-out text, 43 characters" in said
 
@@ -251,7 +252,7 @@ def test_samples_are_those_of_their_seeds(base, monkeypatch, capsys):
     (("bpb", "demo", "val"), "name one prepared set or text file; this is: demo val"),
     (("bpb", "demo", "--stride=999"), "stride=999 is more than the context, 128"),
     (("cloze", "nowhere"), "data/nowhere is not prepared"),
-    (("overlap", "demo", "--num_samples=0"), "num_samples=0 must be at least 1"),
+    (("overlap", "demo", "--num_samples=0"), "num_samples=0 is not from 1"),
     (("bpb", "demo", "--model=nowhere/x/y"), "nowhere/x/y: no such folder")])
 def test_bad_words_are_refused(words, part, base, monkeypatch, capsys):
     monkeypatch.chdir(base)

@@ -454,7 +454,8 @@ def test_text_ends_before_the_first_stop_however_it_is_cut(text, stops):
     (("--dataset=demo_chat",), "sft.py"), (("--block_size=1000000",), "too few for a window"),
     (("--batch_size=0",), "batch_size=0"), (("--n_head=3",), "not a multiple of n_head 3"),
     (("--arch=llama",), "'llama'"), (("--optimizer=sgd",), "sgd"), (("--dtype=int8",), "int8"),
-    (("--device=tpu9",), "tpu9"), (("--init_from=no/such",), "no/such"),
+    (("--device=tpu9",), "tpu9"), (("--device=meta",), "device=meta"),
+    (("--max_iters=9223372036854775807",), "below 2^40"), (("--init_from=no/such",), "no/such"),
     (("--dropout=1",), "dropout")])
 def test_what_pretrain_cannot_do_is_one_line(words, what, place):
     done = run(place, "pretrain.py", *TINY, *words)
@@ -511,3 +512,24 @@ def test_a_damaged_model_folder_is_one_line(base, tmp_path):
         one_line(run(tmp_path, "sample.py", "--model=m"), "m")
         shutil.rmtree(tmp_path / "m")
     one_line(run(base, "sample.py", "--start=FILE:no.txt"), "no.txt")
+
+
+def test_a_model_folder_says_how_it_is_sampled(base, tmp_path):
+    shutil.copytree(base / "out/tiny/best", tmp_path / "m")
+    file, words = tmp_path / "m/generation_config.json", ("--model=m", "--start=数", "--seed=3")
+    greedy = run(tmp_path, "sample.py", *words, "--temperature=0", "--repetition_penalty=1").stdout
+    for own in (dict(temperature=0.0), dict(do_sample=False, temperature=0.9)):
+        file.write_text(json.dumps(own), encoding="utf-8")
+        assert run(tmp_path, "sample.py", *words).stdout == greedy
+    for own, what in ((dict(top_p=2), "top_p=2.0"), (dict(temperature="x"), "ValueError"),
+                      (dict(temperature=float("nan")), "nan"), (dict(eos_token_id={}), "TypeError")):
+        file.write_text(json.dumps(own), encoding="utf-8")
+        one_line(run(tmp_path, "sample.py", *words), "m/generation_config.json", what)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.skipif(sys.platform == "win32", reason="of a POSIX shell")
+def test_closed_streams_do_no_harm(closed, base):
+    command = f'"{sys.executable}" "{ROOT / "sample.py"}" --max_new_tokens=3 {closed}'
+    done = subprocess.run(command, shell=True, cwd=base, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
