@@ -267,7 +267,7 @@ def sampling(name, cfg):
     if name == "ours":
         model = our_model(cfg).to(device, dtype).eval()
         model.compile_parts() if cfg.compile else None
-        draw = lambda: sum(1 for _ in model.generate(ids, n, **how))
+        draw = torch.inference_mode()(lambda: sum(1 for _ in model.generate(ids, n, **how)))
     elif name == "nanoGPT":
         model = nanogpt_model(cfg).to(device).eval()
         model = torch.compile(model) if cfg.compile else model

@@ -564,7 +564,7 @@ class GPT(nn.Module):
         folder = Path(path)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
-            patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+            patterns = ["config.json", "generation_config.json", "*.safetensors"]
             folder = Path(snapshot_download(str(path), allow_patterns=patterns))
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: no config.json, so not a model folder")

@@ -298,7 +298,7 @@ def load_model(path, dropout=0.0, block_size=0, grow=False):
         raise UserError(f"{path}: no such folder, and not a hub id like Qwen/Qwen3-0.6B")
     try:
         model = GPT.from_pretrained(path, dropout, block_size)
-    except (OSError, ValueError, RuntimeError, OverflowError) as e:
+    except (OSError, ValueError, RuntimeError, OverflowError, TypeError, KeyError) as e:
         hint = "" if Path(path).exists() else (
             ". No such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
         reason = (str(e) or type(e).__name__).splitlines()[0]
@@ -314,10 +314,14 @@ def load_model(path, dropout=0.0, block_size=0, grow=False):
     return model, tok
 
 
-def read_generation(folder):
-    """Sampling settings of a model folder's generation_config.json, PLAIN's where it says nothing,
-    and the ids that end a text -> (dict, list)."""
-    file = Path(folder) / "generation_config.json"
+def read_generation(path):
+    """Sampling settings in generation_config.json of a model folder or hub id, which was loaded
+    before, PLAIN's where it says nothing; and the ids that end a text -> (dict, list)."""
+    file = Path(path) / "generation_config.json"
+    if not Path(path).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        found = try_to_load_from_cache(str(path), file.name)
+        file = Path(found) if isinstance(found, str) else file
     try:
         own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         settings = {name: type(plain)(plain if own.get(name) is None else own[name])

@@ -1,9 +1,13 @@
 """The laws of talking: what is remembered, what ends an answer, what a foreign folder may do."""
+import hashlib
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +150,60 @@ def test_a_base_without_chat_tokens_grows_them_and_keeps_its_logits(base, place)
     with torch.no_grad():
         torch.testing.assert_close(model(ids)[..., :4094], theirs(ids).logits, rtol=0, atol=1e-4)
     one_line(run(place, "sample.py", "--model=theirs"), "its tokenizer has 4096 ids, its model")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub with one model, someone/tiny: the files of .folder."""
+    protocol_version, folder = "HTTP/1.1", Path()
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        if self.path.startswith("/api/models/someone/tiny"):
+            files = [dict(type="file", path=f.name, rfilename=f.name, size=f.stat().st_size,
+                          oid="b" * 40) for f in self.folder.iterdir()]
+            about = dict(id="someone/tiny", sha="a" * 40, siblings=files)
+            return self.reply(json.dumps(files if "/tree/" in self.path else about).encode())
+        file = self.folder / self.path.rpartition("/")[2]
+        if not self.path.startswith("/someone/tiny/resolve/") or not file.is_file():
+            return self.send_error(404)
+        self.reply(file.read_bytes())
+
+    def reply(self, body):
+        self.send_response(200)
+        for name, value in (("ETag", f'"{hashlib.sha256(body).hexdigest()}"'),
+                            ("X-Repo-Commit", "a" * 40), ("Content-Length", len(body))):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def test_a_hub_id_is_a_model_like_a_folder(base, place, tmp_path_factory):
+    Hub.folder = base / "out/tiny/best"
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    online = {k: v for k, v in ENV.items() if k != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+
+    def say(*words, env):
+        done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=place,
+                              env=env, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    start = ("sample.py", "--start=数学", "--max_new_tokens=20")
+    want = say(*start, f"--model={Hub.folder}", env=ENV)
+    assert say(*start, "--model=someone/tiny", env=online) == want
+    assert "base model: someone/tiny" in say(
+        "sft.py", "--init_from=someone/tiny", "--dataset=demo_chat", "--max_iters=1",
+        "--eval_tokens=500", "--out_dir=out/x", env=online)
+    server.shutdown()
+    assert say(*start, "--model=someone/tiny", env=online | {"HF_HUB_OFFLINE": "1"}) == want
 
 
 def test_nothing_in_a_foreign_folder_is_executed(base, tmp_path):
