@@ -362,6 +362,8 @@ def check(cfg, what):
             raise UserError(f"{name}={getattr(cfg, name)} must be greater than 0")
     if cfg.batch_size < (what != "train" or choose_device(cfg.device).type == "cpu"):
         raise UserError("batch_size=0, the best one, is looked for on a GPU alone")
+    if cfg.optimizer not in ("adamw", "muon"):
+        raise UserError(f"optimizer={cfg.optimizer} is neither adamw nor muon")
     try:
         our_model_flops(cfg)
     except ValueError as e:

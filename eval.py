@@ -8,7 +8,7 @@
 --model= names any model folder or hub id: ours, or Hugging Face's GPT-2 and Qwen3.
 """
 # ---- what ----
-model = ""             # folder or hub id; "" = the newest run under out/
+model = ""             # folder or hub id; "" = the newest base run under out/
 block_size = 4096      # longest context in tokens; the model's own where that is shorter
 batch_size = 8         # rows read at once
 # ---- bpb ----
@@ -58,9 +58,9 @@ NUMBERS.pop("min_p")  # no setting here
 @contextmanager
 def loaded(cfg):
     """(model, its tokenizer), computing inside as training's evaluations do."""
-    path = cfg.model or newest_model()
+    path = cfg.model or newest_model("base")
     if not path:
-        raise UserError("no model under out/ yet. Run: python pretrain.py config/demo.py, "
+        raise UserError("no base model under out/ yet. Run: python pretrain.py config/demo.py, "
                         "or name one: --model=FOLDER_OR_HUB_ID")
     model, tok = load_model(Path(path).as_posix(), block_size=cfg.block_size)
     device = choose_device(cfg.device)

@@ -50,6 +50,8 @@ class GPTConfig:
             raise ValueError(f"arch is {self.arch!r}; known are 'gpt2' and 'qwen3'")
         if self.activation not in ("gelu_pytorch_tanh", "gelu_new", "gelu"):
             raise ValueError(f"activation is {self.activation!r}; known are GPT-2's GELU forms")
+        if self.block_size < 2:
+            raise ValueError(f"block_size is {self.block_size}: there is nothing to predict from")
         self.n_ids = self.n_ids or self.vocab_size
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.head_dim and self.n_embd % self.n_head:
@@ -576,9 +578,13 @@ class GPT(nn.Module):
         tensors = {}
         for file in sorted(folder.glob("*.safetensors")):
             try:
-                tensors |= load_file(file)
+                new = load_file(file)
             except SafetensorError as e:
                 raise ValueError(f"{file}: damaged ({e})") from e
+            if new.keys() & tensors.keys():
+                raise ValueError(f"{file}: {min(new.keys() & tensors.keys())} stands in another "
+                                 ".safetensors file too")
+            tensors |= new
         config.dropout = dropout
         if config.n_layer > len(tensors):
             raise ValueError(f"{folder}: {len(tensors)} tensors for {config.n_layer} layers")
@@ -610,15 +616,19 @@ class GPT(nn.Module):
         copies = []
         for theirs, ours in table.items():
             tensor = tensors[theirs].T if is_conv1d(theirs) else tensors[theirs]
-            if not all(name in state for name in ours):
-                continue  # the zero biases of a model made without
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise ValueError(f"{source}: {theirs} is of type {tensor.dtype}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{source}: {theirs} holds values that are not finite")
+            if not all(name in state for name in ours):  # a model made without biases has zeros
+                if tensor.any():
+                    raise ValueError(f"{source}: {theirs} is not zero, config.json says no bias")
+                continue
             rows = [len(state[name]) for name in ours]
             want = (sum(rows), *state[ours[0]].shape[1:])
             if tensor.shape != want:
                 raise ValueError(f"{source}: {theirs} has shape {tuple(tensors[theirs].shape)}, "
                                  f"config.json says {want}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{source}: {theirs} holds values that are not finite")
             copies += [(name, part) for name, part in zip(ours, tensor.split(rows))]
         self.to_empty(device="cpu")
         state = self.state_dict()
@@ -682,10 +692,12 @@ def read_hf_config(h):
     """GPTConfig of a config.json (a dict); refuses what this file does not compute."""
     kind = h.get("model_type")
     if kind == "qwen3":
-        rope = h.get("rope_parameters") or h.get("rope_scaling") or {}
+        ropes = [h[key] for key in ("rope_parameters", "rope_scaling") if h.get(key)]
+        rope = ropes[0] if ropes else {}
         needs = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"RoPE scaling {rope} is not built here")
+        for r in ropes:
+            if r.get("rope_type", r.get("type", "default")) != "default":
+                raise ValueError(f"RoPE scaling {r} is not built here")
         config = GPTConfig(
             arch="qwen3", n_embd=h["hidden_size"], n_inner=h["intermediate_size"],
             n_layer=h["num_hidden_layers"], n_head=h["num_attention_heads"],
@@ -696,7 +708,7 @@ def read_hf_config(h):
             n_ids=h.get("n_ids", 0))
     elif kind == "gpt2":
         needs = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                 "add_cross_attention": False}
+                 "add_cross_attention": False, "tie_word_embeddings": True}
         config = GPTConfig(
             arch="gpt2", n_embd=h["n_embd"], n_layer=h["n_layer"], n_head=h["n_head"],
             n_inner=h.get("n_inner") or 0, norm_eps=h.get("layer_norm_epsilon", 1e-5),

@@ -101,7 +101,7 @@ class Trainer:
         self.step = self.resumed_at = checkpoint["step"]
         self.best = min(checkpoint["best"], self.files.best_loss())
         self.losses = list(torch.tensor(checkpoint["losses"], device=self.machine.device))
-        for opt, state in zip(self.optimizers, checkpoint["optimizers"]):
+        for opt, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             new = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
             machines.load_optimizer(opt, state)
             for group, settings in zip(opt.param_groups, new):
@@ -155,8 +155,10 @@ class Trainer:
             self.save_checkpoint()
         if self.machine.world > 1:
             dist.destroy_process_group()
-        how = ("the same torchrun command" if self.machine.world > 1 else
-               f"python {shlex.join(sys.argv)}")
+        words = [w for w in sys.argv if w.partition("=")[0] != "--overwrite"
+                 and w != "--init_from=scratch"]  # either would begin anew
+        how = ("the same torchrun command, without --overwrite" if self.machine.world > 1 else
+               f"python {shlex.join(words)}")
         print(f"stopped at step {self.step:,}. Go on with:  {how}")
         sys.exit(128 + number)
 
@@ -215,6 +217,9 @@ class Trainer:
         if m.world > 1:
             dist.all_reduce(sums, group=m.cpu_group)
         self.scores = scores = self.data.scores((sums[0] / sums[1]).item())
+        if not math.isfinite(scores["val_loss"]):
+            raise UserError(f"val loss after step {self.step} is {scores['val_loss']}: lower "
+                            "learning_rate or muon_lr")
         better = scores["val_loss"] < self.best
         self.best = min(self.best, scores["val_loss"])
         better = better and self.step > 0  # the untrained model is only what there is to beat
@@ -309,7 +314,7 @@ class Trainer:
             self.take_step()
         self.mean_loss()
         self.print_time()
-        print("dry_run: nothing was written")
+        print("dry_run: nothing was trained, out_dir is as it was")
 
     # ---- files ----
 
@@ -397,8 +402,10 @@ def check_settings(cfg, words):
     for name in ("dropout", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)} is not a share between 0 and 1")
-    if not cfg.out_dir.strip():
-        raise UserError("out_dir is empty: name the folder of the run")
+    if cfg.min_lr > cfg.learning_rate:
+        raise UserError(f"min_lr={cfg.min_lr} is more than learning_rate={cfg.learning_rate}")
+    if not cfg.out_dir.strip() or "\0" in cfg.out_dir:
+        raise UserError(f"out_dir={cfg.out_dir!r}: name the folder of the run")
     if cfg.optimizer not in ("adamw", "muon"):
         raise UserError(f"optimizer={cfg.optimizer} is neither adamw nor muon")
 

@@ -1,4 +1,4 @@
-"""Continue a text, or chat, with the newest model under out/ or any model folder or hub id.
+"""Continue a text, or chat, with the newest run under out/ or any model folder or hub id.
 
     python sample.py --start="数学是"
     python sample.py --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=100
@@ -6,7 +6,7 @@
     python sample.py --web                     # in the browser (pip install gradio)
 """
 # ---- what ----
-model = ""             # folder or hub id; "" = the newest run under out/ (to talk: chat run)
+model = ""             # folder or hub id; "" = the newest base run under out/, to talk: chat run
 start = ""             # text to continue, or FILE:path
 starts = ""            # several texts, "|" between them: sample i continues the next in turn
 num_samples = 1        # sample i has seed + i
@@ -53,10 +53,11 @@ HELP = """/new            begin anew
 def load(cfg):
     """(model ready to sample, its tokenizer)."""
     talking = cfg.chat or cfg.web
-    path = cfg.model or newest_model("chat" if talking else "")
+    kind = "chat" if talking else "base"
+    path = cfg.model or newest_model(kind)
     if not path:
         script = "sft.py config/demo_sft.py" if talking else "pretrain.py config/demo.py"
-        raise UserError(f"no {'chat ' * talking}model under out/ yet. Run: python {script}, "
+        raise UserError(f"no {kind} model under out/ yet. Run: python {script}, "
                         "or name one: --model=FOLDER_OR_HUB_ID")
     model, tok = load_model(Path(path).as_posix())
     device = choose_device(cfg.device)
@@ -106,9 +107,14 @@ def draw(model, tok, ids, cfg, seeds, cache=None):
     """Yield a list of new ids a step, one a seed, which all continue ids; -1 where a row ended."""
     ends = (tok.eot, tok.im_end, tok.im_start)
     ids = torch.tensor([ids] * len(seeds), device=model.device)
-    for new in model.generate(ids, cfg.max_new_tokens, stop_ids=ends, seed=seeds, cache=cache,
-                              **sampling(cfg)):
-        yield [-1 if i in ends else i for i in new.tolist()]
+    try:
+        for new in model.generate(ids, cfg.max_new_tokens, stop_ids=ends, seed=seeds, cache=cache,
+                                  **sampling(cfg)):
+            yield [-1 if i in ends else i for i in new.tolist()]
+    except RuntimeError as e:
+        if "probability tensor" not in str(e):
+            raise
+        raise UserError("the model's logits are not finite; --dtype=float32 may help") from e
 
 
 def stream(model, tok, ids, cfg, seed, cache=None):

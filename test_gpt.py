@@ -107,7 +107,8 @@ def test_a_model_made_by_transformers_loads(tmp_path):
 @pytest.mark.parametrize("change, what", [
     (dict(model_type="llama"), "llama"), (dict(attention_bias=True), "attention_bias"),
     (dict(use_sliding_window=True), "use_sliding_window"), (dict(hidden_size=64), "shape"),
-    (dict(rope_parameters=dict(rope_type="yarn")), "yarn"), (dict(num_hidden_layers=9), "missing"),
+    (dict(rope_parameters=dict(rope_type="yarn")), "yarn"),
+    (dict(rope_scaling=dict(rope_type="yarn")), "yarn"), (dict(max_position_embeddings=1), "block"), (dict(num_hidden_layers=9), "missing"),
     (dict(num_hidden_layers=1), "unknown"), (dict(hidden_size="x"), "config.json"),
     (dict(num_hidden_layers=10**9), "layers"), (dict(num_attention_heads=0), "n_head"),
     (dict(vocab_size=True), "vocab_size"), (dict(rms_norm_eps=float("nan")), "norm_eps"),
@@ -125,6 +126,32 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     model.blocks[0].norm1.weight.data[0] = math.inf
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="transformer.h.0.ln_1.weight holds values that are not"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_weights_of_which_some_would_be_left_out_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    make("gpt2 without bias").save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    own = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(own | dict(tie_word_embeddings=False)), encoding="utf-8")
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        GPT.from_pretrained(tmp_path)
+    tensors = load_file(weights)
+    config.write_text(json.dumps(own), encoding="utf-8")
+    GPT.from_pretrained(tmp_path)  # its biases are zeros
+    tensors["transformer.h.0.attn.c_proj.bias"] += 1
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="c_proj.bias is not zero"):
+        GPT.from_pretrained(tmp_path)
+    config.write_text(json.dumps(own | dict(bias=True)), encoding="utf-8")
+    save_file({"transformer.ln_f.bias": tensors["transformer.ln_f.bias"]}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="stands in another"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "a.safetensors").unlink()
+    save_file(tensors | {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"].to(torch.int8)},
+              weights)
+    with pytest.raises(ValueError, match="ln_f.bias is of type torch.int8"):
         GPT.from_pretrained(tmp_path)
 
 

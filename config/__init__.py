@@ -26,6 +26,7 @@ def run_main(main, script):
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # closed by the shell: `>&-`
             setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
+    sys.stdin.reconfigure(errors="strict")  # else the locale decides whether bad bytes are seen
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a Windows console may not know every character
     try:

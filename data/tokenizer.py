@@ -44,6 +44,12 @@ class Tokenizer:
     def __init__(self, spec):
         self.spec = spec = dict(spec)
         model, added = spec["model"], [dict(t, special=True) for t in spec.get("added_tokens", [])]
+        texts = {i: text for text, i in model["vocab"].items()}
+        for t in added:
+            if t["id"] < 0 or texts.get(t["id"], t["content"]) != t["content"]:
+                raise ValueError(f"id {t['id']} of {t['content']} is not free")
+        if min(texts, default=0) < 0:
+            raise ValueError(f"{texts[min(texts)]!r} has the id {min(texts)}")
         next_id = max([*model["vocab"].values(), *(t["id"] for t in added)]) + 1
         for content in (END_OF_TEXT, IM_START, IM_END):
             if not any(t["content"] == content for t in added):

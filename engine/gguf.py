@@ -111,6 +111,8 @@ def add_tensors(writer, model, n_ids, dtype):
         if ours[0] in ("wte.weight", "lm_head.weight"):
             tensor = tensor[:n_ids]  # the rest is padding, which llama.cpp would draw
         tensor = tensor.to(dtype if tensor.dim() == 2 else torch.float32)
+        if not tensor.isfinite().all():
+            raise UserError(f"{ours[0]} does not fit float16: --dtype=float32")
         writer.add_tensor(names.get_name(theirs, (".weight", ".bias")), tensor.numpy())
 
 

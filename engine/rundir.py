@@ -44,8 +44,14 @@ class RunDir:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.path / ".lock", f"another run is writing to {self.path}")
+        if step == 0 and not self.cfg.overwrite and checkpoint_files(self.path):
+            raise UserError(f"another run has written to {self.path} meanwhile; start again")
         if step == 0:
-            clear_run(self.path)
+            remove(self.path, "tensorboard", "wandb", "wandb_id")
+        self.trackers = open_trackers(self.cfg, self.path)  # it may fail: then the old run is whole
+        if step == 0:
+            remove(self.path, "ckpt_step_*", "best*", "final*", "log.jsonl", "run.json",
+                   "loss.png")
         for part in self.path.glob("ckpt_step_*.part"):  # of a run that was killed
             part.unlink()
         old = self.path / "best.old"  # killed while best/ was being replaced
@@ -56,7 +62,6 @@ class RunDir:
         kept = [line for line in lines if step and is_json_up_to(line, step)]
         write_file(log, "".join(line + "\n" for line in kept))
         self.write_facts(facts)
-        self.trackers = open_trackers(self.cfg, self.path)
 
     def write_facts(self, facts):
         """run.json: settings, versions and data, from which the run could be made again."""
@@ -84,13 +89,18 @@ class RunDir:
         if not self.main:
             return
         path = self.path / f"ckpt_step_{state['step']}.pt"
+        broken = [name for name, t in state["model"].items() if not t.isfinite().all()]
+        if broken:
+            raise UserError(f"after step {state['step']} {broken[0]} is not finite: lower "
+                            "learning_rate or muon_lr")
         part = Path(f"{path}.part")
         with whole_or_nothing(part), open(part, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-        for old in checkpoint_files(self.path)[2:]:
+        files = checkpoint_files(self.path)
+        for old in files[files.index(path) + 2:]:  # later ones are damaged, or it had not begun here
             old.unlink()
 
     def save_model(self, name, model, weights, tok, scores):
@@ -152,7 +162,7 @@ def open_trackers(cfg, path):
             wandb.init(project=cfg.wandb_project, name=path.name, dir=str(path), config=vars(cfg),
                        id=file.read_text(encoding="utf-8"), resume="allow")
         except Exception as e:  # it raises what it likes
-            raise UserError(f"wandb: {e}. WANDB_MODE=offline needs neither login nor "
+            raise UserError(f"wandb: {str(e).rstrip('. ')}. WANDB_MODE=offline needs neither login nor "
                             "network") from e
         trackers.append(lambda step, values: wandb.log(values, step=step))
     if cfg.tensorboard:
@@ -180,7 +190,8 @@ def plot_losses(out):
     entries = [json.loads(line) for line in lines]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label in (("loss", "train"), ("val_loss", "val")):
-        points = [(e["tokens"], e[key]) for e in entries if key in e and "tokens" in e]
+        points = [(e["tokens"], e[key]) for e in entries
+                  if {type(e.get(key)), type(e.get("tokens"))} <= {int, float}]
         axes.plot(*zip(*points), label=label) if points else None
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.legend()
@@ -197,20 +208,29 @@ def checkpoint_files(out):
     return sorted(files, key=lambda p: -int(p.stem[10:]))
 
 
-def clear_run(out):
+def remove(out, *patterns):
     """Remove what an earlier run left in out."""
-    for name in ("best", "best.old", "best.part", "final", "final.part", "tensorboard", "wandb"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    files = (out / name for name in ("log.jsonl", "run.json", "loss.png", "wandb_id"))
-    for file in [*out.glob("ckpt_step_*"), *files]:
-        file.unlink(missing_ok=True)
+    for path in [path for pattern in patterns for path in out.glob(pattern)]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_same_run(out, cfg):
+    """Whether run.json is of this command, killed before its first checkpoint or its end."""
+    try:
+        old = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
+        names = {"dataset", "seed", "optimizer", "init_from", "max_iters", "learning_rate",
+                 *SHAPE} - {"block_size"}  # which sft.py takes from its base
+        return all(old[name] == value for name, value in vars(cfg).items() if name in names)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def find_checkpoint(cfg, bins):
     """The newest sound checkpoint of out_dir if this command goes on with it, else None."""
     out = Path(cfg.out_dir)
-    files = [] if cfg.overwrite else checkpoint_files(out)
-    if files and cfg.init_from == "scratch":
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
+    files = [] if cfg.overwrite and not again else checkpoint_files(out)
+    if files and cfg.init_from == "scratch" and not again:
         raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")
     for file in files:
         try:
@@ -225,9 +245,8 @@ def find_checkpoint(cfg, bins):
         raise UserError(f"{out}: every checkpoint is damaged. Start anew: --overwrite")
     kept = [name for name in ("final", "best", "log.jsonl", "tensorboard", "wandb")
             if (out / name).exists()]
-    # a new run would remove them; one killed before its first checkpoint left run.json, no final/
-    own = (out / "run.json").is_file() and "final" not in kept
-    if kept and not own and not cfg.overwrite:
+    # a new run would remove them
+    if kept and not cfg.overwrite and ("final" in kept or not is_same_run(out, cfg)):
         raise UserError(f"{out} holds {', '.join(kept)} and no checkpoint to go on from. Choose "
                         "another --out_dir, or add --overwrite")
     return None
@@ -272,6 +291,8 @@ def check_resumable(cfg, bins, checkpoint, file):
         settings["rows per step"] = settings["batch_size"] * settings["gradient_accumulation_steps"]
     for name in ("data", "seed", "optimizer", "init_from", "rows per step", *shape):
         if name in new and new[name] != old[name]:
+            if name == "data" and new["dataset"] != old["dataset"]:
+                name = "dataset"  # says more than the hashes
             raise UserError(f"{file} was made with {name}={old[name]}, not {new[name]}. "
                             "Choose another --out_dir for a new run, or --overwrite this one")
 
@@ -293,6 +314,8 @@ def load_model(path, dropout=0.0, block_size=0, grow=False):
     """
     if (Path(path) / "best" / "config.json").is_file():
         raise UserError(f"{path} is a run; its models are {path}/best and {path}/final")
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file; name the folder of a model")
     if not Path(path).exists() and (path.count("/") > 1 or Path(path).parent.is_dir()
                                     and "/" in path):
         raise UserError(f"{path}: no such folder, and not a hub id like Qwen/Qwen3-0.6B")
@@ -310,7 +333,7 @@ def load_model(path, dropout=0.0, block_size=0, grow=False):
     if tok.n_ids > model.config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tok.n_ids} ids, its model "
                         f"{model.config.vocab_size}")
-    model.config.n_ids = min(model.config.n_ids, tok.n_ids)
+    model.config.n_ids = tok.n_ids
     return model, tok
 
 

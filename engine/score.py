@@ -58,6 +58,8 @@ def bits_per_byte(model, tok, docs, stride=0, batch_size=8):
     batches = windows(np.concatenate(parts), tok.eot, context, stride, batch_size)
     for batch in bar(batches, " batches", math.ceil(sizes["tokens"] / stride / batch_size)):
         nats += model(*(t.to(device) for t in batch))[0].item()
+    if not math.isfinite(nats):
+        raise UserError("the model's loss is not finite; --dtype=float32 may help")
     bits = nats / math.log(2)
     return dict(sizes, nats=nats / sizes["tokens"], bpb=bits / sizes["bytes"],
                 bpc=bits / sizes["characters"])
@@ -112,7 +114,10 @@ def choose(model, tok, asked, begin, batch_size):
         new, cut = encode_rows(tok, prompt, endings, begin, model.config.block_size)
         rows += new
         n_cut += cut
-    sums = iter(likelihoods(model, rows, batch_size))
+    sums = likelihoods(model, rows, batch_size)
+    if not all(map(math.isfinite, sums)):
+        raise UserError("the model's loss is not finite; --dtype=float32 may help")
+    sums = iter(sums)
     means = [[next(sums) / len(ending) for ending in endings] for _, endings in asked]
     return [some.index(max(some)) for some in means], n_cut
 

@@ -21,7 +21,7 @@ from config import is_out_of_memory
 from data.bins import Bins
 from engine import machine as machines
 from engine import plan
-from engine.rundir import checkpoint_files
+from engine.rundir import RunDir, checkpoint_files
 from gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)
@@ -231,6 +231,10 @@ def test_what_another_run_left_is_not_removed_unasked(name, place):
     (place / "out/x" / name).mkdir(parents=True)
     one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/x"), name, "--overwrite")
     assert (place / "out/x" / name).is_dir()
+    # nor where run.json tells of another run
+    facts = dict(settings=vars(settings("--seed=3", "--out_dir=out/x")))
+    (place / "out/x/run.json").write_text(json.dumps(facts), encoding="utf-8")
+    one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/x"), name, "--overwrite")
 
 
 def test_two_runs_never_share_a_folder(place):
@@ -258,6 +262,41 @@ def test_a_checkpoint_with_a_changed_byte_or_foreign_content_is_not_trained_on(p
     torch.save(state, newest)
     one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/a", "--max_iters=30"), "exp_avg",
              "--overwrite")
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_new_ones(place):
+    train(place, "--out_dir=out/a", "--max_iters=10")
+    for step in (500, 600):
+        (place / f"out/a/ckpt_step_{step}.pt").write_bytes(b"")
+    train(place, "--out_dir=out/a")
+    assert [f.stem[10:] for f in checkpoint_files(place / "out/a")] == ["600", "500", "20", "18"]
+
+
+def test_a_run_that_torchrun_starts_again_never_begins_anew(place, monkeypatch):
+    for words in (("--overwrite",), ("--init_from=scratch",)):
+        train(place, "--out_dir=out/a", "--max_iters=4", "--overwrite")
+        monkeypatch.setitem(ENV, "TORCHELASTIC_RESTART_COUNT", "1")
+        assert "going on from" in train(place, "--out_dir=out/a", "--max_iters=6", *words).stdout
+        monkeypatch.delitem(ENV, "TORCHELASTIC_RESTART_COUNT")
+
+
+def test_a_folder_that_another_run_filled_meanwhile_is_left_alone(place, monkeypatch):
+    train(place, "--out_dir=out/a", "--max_iters=4")
+    files = RunDir(settings("--out_dir=out/a"), "base", True)
+    monkeypatch.chdir(place)
+    with pytest.raises(pretrain.UserError, match="another run has written to out/a meanwhile"):
+        files.start(0, {})
+    assert checkpoint_files(place / "out/a") and (place / "out/a/final").is_dir()
+
+
+def test_a_model_that_the_last_step_broke_is_not_kept(place):
+    words = (*TINY, "--out_dir=out/x", "--max_iters=1", "--warmup_iters=0",
+             "--weight_decay=1e12", "--learning_rate=1e11")
+    one_line(run(place, "pretrain.py", *words), "val loss after step 1 is", "lower learning_rate")
+    assert not (place / "out/x/final").exists()
+    for file in checkpoint_files(place / "out/x"):
+        state = torch.load(file, weights_only=True)
+        assert all(t.isfinite().all() for t in state["model"].values())
 
 
 def test_a_run_may_go_on_in_another_number_type(place):

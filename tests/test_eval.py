@@ -262,7 +262,7 @@ def test_bad_words_are_refused(words, part, base, monkeypatch, capsys):
 
 
 def test_without_a_model_one_line_says_how_to_get_one(place):
-    one_line(run(place, "eval.py", "bpb", "demo"), "eval.py: no model under out/ yet",
+    one_line(run(place, "eval.py", "bpb", "demo"), "eval.py: no base model under out/ yet",
              "pretrain.py")
 
 

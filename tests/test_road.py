@@ -80,16 +80,16 @@ def test_a_run_killed_three_times_ends_with_the_same_weights(optimizer, place):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_exactly(number, code, place):
     train(place, "--out_dir=out/a", "--checkpoint_interval=100")
-    words = [*TINY, "--out_dir=out/b", "--checkpoint_interval=100"]
+    words = [*TINY, "--out_dir=out/b", "--checkpoint_interval=100", "--overwrite"]
     process = subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), *words], cwd=place,
                                env=ENV, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     assert any(line.startswith("step 8/") for line in process.stdout)
     process.send_signal(number)
     said = process.communicate()[0]
     assert process.returncode == code and "stopped at step" in said, said
-    assert shlex.split(said.partition("Go on with:  python ")[2])[1:] == words
+    assert shlex.split(said.partition("Go on with:  python ")[2])[1:] == words[:-1]
     (saved,) = checkpoint_files(place / "out/b")
-    assert "going on from" in train(place, *words[-2:]).stdout and int(saved.stem[10:]) >= 8
+    assert "going on from" in train(place, *words[-3:-1]).stdout and int(saved.stem[10:]) >= 8
     assert weights(place / "out/a") == weights(place / "out/b")
     assert curve(place / "out/a") == curve(place / "out/b")
 
@@ -203,7 +203,8 @@ def test_a_run_on_a_mixture_says_its_epochs_and_resumes_exactly(two_sets):
     epochs = {n: 12 * 8 * share / windows[n] for n, share in (("a", 0.75), ("b", 0.25))}
     assert f"a {epochs['a']:.1f}, b {epochs['b']:.1f} epochs" in done.stdout, done.stdout
     train(two_sets, "--dataset=a:3,b:1", "--max_iters=6", "--out_dir=out/y")
-    one_line(run(two_sets, "pretrain.py", *TINY, "--dataset=a:1,b:1", "--out_dir=out/y"), "data=")
+    one_line(run(two_sets, "pretrain.py", *TINY, "--dataset=a:1,b:1", "--out_dir=out/y"),
+             "dataset=a:3,b:1, not a:1,b:1")
     assert "going on from" in train(two_sets, *words, "--out_dir=out/y").stdout
     ends = [e for e in curve(two_sets / "out/x") if e[0] > 6 and e[1]]
     assert ends and len(ends) == len([e for e in curve(two_sets / "out/y") if e[0] > 6 and e[1]])
@@ -497,8 +498,8 @@ def test_config_files_and_their_mistakes(place):
 
 
 @pytest.mark.parametrize("words, what", [
-    (("--start=x",), "no model under out/ yet"), (("--chat",), "no chat model"),
-    (("--model=nowhere",), "nowhere can't be loaded"), (("--start=FILE:no.txt",), "no model"),
+    (("--start=x",), "no base model under out/ yet"), (("--chat",), "no chat model"),
+    (("--model=nowhere",), "nowhere can't be loaded"), (("--start=FILE:no.txt",), "no base model"),
     (("x",), '--start="x"'), (("--seed=-2",), "seed"), (("--num_samples=0",), "num_samples")])
 def test_what_sample_cannot_do_is_one_line(words, what, tmp_path):
     one_line(run(tmp_path, "sample.py", *words), "sample.py: ", what)
