@@ -50,10 +50,9 @@ class RunDir:
             remove(self.path, "tensorboard", "wandb", "wandb_id")
         self.trackers = open_trackers(self.cfg, self.path)  # it may fail: then the old run is whole
         if step == 0:
-            remove(self.path, "ckpt_step_*", "best*", "final*", "log.jsonl", "run.json",
-                   "loss.png")
-        for part in self.path.glob("ckpt_step_*.part"):  # of a run that was killed
-            part.unlink()
+            remove(self.path, "ckpt_step_*.pt", "best", "best.old", "final", "final.old",
+                   "log.jsonl", "run.json", "loss.png")
+        remove(self.path, "ckpt_step_*.part", "best.part", "final.part")  # of one that was killed
         old = self.path / "best.old"  # killed while best/ was being replaced
         if old.is_dir() and not (self.path / "best").exists():
             os.replace(old, self.path / "best")
