@@ -153,13 +153,17 @@ def our_model(cfg):
     return GPT(GPTConfig(**{name: getattr(cfg, name) for name in names}))
 
 
+def our_optimizers(model, cfg):
+    return model.configure_optimizers(cfg.optimizer, 6e-4, 2e-3, 0.1, (0.9, 0.95))
+
+
 def trainer(name, cfg, device):
     """One training step as a function of ids (rows, block_size + 1)."""
     dtype = choose_dtype(cfg.dtype, device.type)
     torch.set_float32_matmul_precision("high")
     if name == "ours":
         model = our_model(cfg).to(device)
-        optimizers = model.configure_optimizers(cfg.optimizer, 6e-4, 2e-3, 0.1, (0.9, 0.95))
+        optimizers = our_optimizers(model, cfg)
         model.compile_parts() if cfg.compile else None
     else:
         dtype = torch.float32 if device.type == "cpu" else dtype  # its train.py's nullcontext()
@@ -362,10 +366,9 @@ def check(cfg, what):
             raise UserError(f"{name}={getattr(cfg, name)} must be greater than 0")
     if cfg.batch_size < (what != "train" or choose_device(cfg.device).type == "cpu"):
         raise UserError("batch_size=0, the best one, is looked for on a GPU alone")
-    if cfg.optimizer not in ("adamw", "muon"):
-        raise UserError(f"optimizer={cfg.optimizer} is neither adamw nor muon")
     try:
-        our_model_flops(cfg)
+        with torch.device("meta"):
+            our_optimizers(our_model(cfg), cfg)
     except ValueError as e:
         raise UserError(e) from e
     if what == "prepare" and not (Path(cfg.corpus).is_file() and Path(cfg.tokenizer).exists()):

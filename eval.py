@@ -52,7 +52,6 @@ from sample import continue_starts
 
 NUMBERS = RANGES | dict(block_size=(2, 2**40), batch_size=(1, 2**40), stride=(0, 2**40),
                         seed=(0, 2**62), num_samples=(1, 2**40), max_new_tokens=(1, 2**40))
-NUMBERS.pop("min_p")  # no setting here
 
 
 @contextmanager
@@ -214,7 +213,6 @@ def overlap(cfg, words):
     """Print how much of the model's samples, and of held-out text, a set's train split holds."""
     bins = Bins(one_word(words, "prepared set"))
     with loaded(cfg) as (model, tok):
-        cfg.min_p, cfg.stop = 0.0, ""
         samples = [text for _, text in continue_starts(model, tok, cfg.starts.split("|"), cfg)]
     left, held_out = sum(map(len, samples)), []
     for text, _ in documents(bins, "val"):  # as much of it, to compare with
@@ -239,6 +237,7 @@ def main():
     cfg, words = configure(__file__, files=False)
     if not words or words[0] not in TASKS:
         raise UserError(f"say what to measure: {', '.join(TASKS)} (--help tells how)")
+    cfg.min_p, cfg.stop = 0.0, ""  # which sample.py has beside those above
     for name, (low, high) in NUMBERS.items():
         check_range(name, getattr(cfg, name), low, high)
     TASKS[words[0]](cfg, words[1:])

@@ -73,7 +73,7 @@ from engine.rundir import (
     SAMPLING, SHAPE, RunDir, checked, find_checkpoint, load_base, plot_losses, restore_model)
 from gpt import GPT, GPTConfig
 
-LARGEST = 2**40  # of any setting: products of three still fit the 128 bits that hold them
+LARGEST = 2**40  # of any setting; far beyond any run, and no 64-bit sum of rows overflows
 TIMED_STEPS = 3  # before the first word on how long it will take; the step before them warms up
 
 

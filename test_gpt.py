@@ -108,7 +108,8 @@ def test_a_model_made_by_transformers_loads(tmp_path):
     (dict(model_type="llama"), "llama"), (dict(attention_bias=True), "attention_bias"),
     (dict(use_sliding_window=True), "use_sliding_window"), (dict(hidden_size=64), "shape"),
     (dict(rope_parameters=dict(rope_type="yarn")), "yarn"),
-    (dict(rope_scaling=dict(rope_type="yarn")), "yarn"), (dict(max_position_embeddings=1), "block"), (dict(num_hidden_layers=9), "missing"),
+    (dict(rope_scaling=dict(rope_type="yarn")), "yarn"),
+    (dict(max_position_embeddings=1), "block"), (dict(num_hidden_layers=9), "missing"),
     (dict(num_hidden_layers=1), "unknown"), (dict(hidden_size="x"), "config.json"),
     (dict(num_hidden_layers=10**9), "layers"), (dict(num_attention_heads=0), "n_head"),
     (dict(vocab_size=True), "vocab_size"), (dict(rms_norm_eps=float("nan")), "norm_eps"),
@@ -145,12 +146,12 @@ def test_weights_of_which_some_would_be_left_out_are_refused(tmp_path):
     with pytest.raises(ValueError, match="c_proj.bias is not zero"):
         GPT.from_pretrained(tmp_path)
     config.write_text(json.dumps(own | dict(bias=True)), encoding="utf-8")
-    save_file({"transformer.ln_f.bias": tensors["transformer.ln_f.bias"]}, tmp_path / "a.safetensors")
+    name = "transformer.ln_f.bias"
+    save_file({name: tensors[name]}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="stands in another"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "a.safetensors").unlink()
-    save_file(tensors | {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"].to(torch.int8)},
-              weights)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, weights)
     with pytest.raises(ValueError, match="ln_f.bias is of type torch.int8"):
         GPT.from_pretrained(tmp_path)
 

@@ -99,7 +99,7 @@ class RunDir:
             os.fsync(f.fileno())
         os.replace(part, path)
         files = checkpoint_files(self.path)
-        for old in files[files.index(path) + 2:]:  # later ones are damaged, or it had not begun here
+        for old in files[files.index(path) + 2:]:  # any later ones are damaged
             old.unlink()
 
     def save_model(self, name, model, weights, tok, scores):
@@ -161,8 +161,8 @@ def open_trackers(cfg, path):
             wandb.init(project=cfg.wandb_project, name=path.name, dir=str(path), config=vars(cfg),
                        id=file.read_text(encoding="utf-8"), resume="allow")
         except Exception as e:  # it raises what it likes
-            raise UserError(f"wandb: {str(e).rstrip('. ')}. WANDB_MODE=offline needs neither login nor "
-                            "network") from e
+            raise UserError(f"wandb: {str(e).rstrip('. ')}. WANDB_MODE=offline needs neither login "
+                            "nor network") from e
         trackers.append(lambda step, values: wandb.log(values, step=step))
     if cfg.tensorboard:
         try:

@@ -523,7 +523,8 @@ def test_a_model_folder_says_how_it_is_sampled(base, tmp_path):
         file.write_text(json.dumps(own), encoding="utf-8")
         assert run(tmp_path, "sample.py", *words).stdout == greedy
     for own, what in ((dict(top_p=2), "top_p=2.0"), (dict(temperature="x"), "ValueError"),
-                      (dict(temperature=float("nan")), "nan"), (dict(eos_token_id={}), "TypeError")):
+                      (dict(temperature=float("nan")), "nan"),
+                      (dict(eos_token_id={}), "TypeError")):
         file.write_text(json.dumps(own), encoding="utf-8")
         one_line(run(tmp_path, "sample.py", *words), "m/generation_config.json", what)
 
