@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 @dataclass
@@ -120,13 +121,22 @@ class Cache:
             kept = int(differs[0]) if len(differs) else n
         for layer in self.layers:
             layer.length = kept
+        self.ids = ids[:, :kept]  # a forward that is interrupted leaves ids and layers in agreement
         return kept
 
 
+# The kernels of both norms need x and the weight in one dtype: under autocast x of q_norm has 16
+# bits, and under FSDP's mixed precision the weight has.
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        # under autocast x may have 16 bits: the fused kernel wants a weight of the same type
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -141,7 +151,7 @@ class Attention(nn.Module):
         modern = config.arch == "qwen3"
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
-        self.grouped = config.n_kv_head != config.n_head
+        self.group_size = config.n_head // config.n_kv_head  # query heads per key head
 
     def forward(self, x, rope, mask, cache):
         B, T, C = x.shape
@@ -152,9 +162,12 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(k, v)
+        if mask is not None and x.is_cuda:
+            # CUDA's only kernel for a mask with grouped heads is the slow one (math)
+            k, v = (t.repeat_interleave(self.group_size, dim=1) for t in (k, v))
         # is_causal aligns top left: with a cache it would let a lone query see only the first key.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped,
-                                           is_causal=mask is None and T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=k.size(1) != q.size(1))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
 
 
@@ -187,7 +200,7 @@ class SwiGLU(nn.Module):
 def make_norm(config):
     if config.arch == "qwen3":
         return RMSNorm(config.n_embd, config.norm_eps)
-    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+    return LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
 class Block(nn.Module):
@@ -239,6 +252,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale):
         # In place: a copy of d/dweight is 466 MB at 151,680 x 768. A second backward is refused by
         # autograd, which sees that what was saved has changed.
@@ -314,17 +328,19 @@ def orthogonalize(g, steps=5):
     return x.mT if tall else x
 
 
-def gather(t):
-    """The whole of a matrix that fully_shard has shared among processes."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def shard_like(t, p):
-    """The part of t, whole in every process, that belongs to this one as p does."""
-    if not hasattr(p, "device_mesh"):
-        return t
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+def orthogonalize_all(matrices):
+    """orthogonalize a list of matrices of one shape; of sharded ones each process does its share."""
+    if not hasattr(matrices[0], "device_mesh"):
+        return orthogonalize(torch.stack(matrices))
+    from torch.distributed.tensor import DTensor, Shard
+    mesh, shape = matrices[0].device_mesh, (len(matrices), *matrices[0].shape)
+    stride = (shape[1] * shape[2], shape[2], 1)
+    rows = torch.stack([m.to_local() for m in matrices])  # some rows of every matrix
+    stack = DTensor.from_local(rows, mesh, [Shard(1)], shape=shape, stride=stride)
+    whole = stack.redistribute(placements=[Shard(0)]).to_local()  # some matrices, all their rows
+    done = orthogonalize(whole) if len(whole) else whole
+    done = DTensor.from_local(done, mesh, [Shard(0)], shape=shape, stride=stride)
+    return done.redistribute(placements=[Shard(1)]).unbind(0)
 
 
 class Muon(torch.optim.Optimizer):
@@ -333,8 +349,9 @@ class Muon(torch.optim.Optimizer):
     The update of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): as large as AdamW's, so that
     rates and weight decay compare (arXiv:2502.16982). That one works matrix by matrix in bfloat16,
     which a CPU without bfloat16 instructions does 25 times slower than this; here matrices of one
-    shape are multiplied together, in float32.
+    shape are multiplied together, in float32, slice_numel elements (or one matrix) at a time.
     """
+    slice_numel = 2**24  # orthogonalize holds about 5 times as many floats
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -346,19 +363,25 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                directions = []
-                for p in params:
-                    state, grad = self.state[p], p.grad.float()
-                    if not state:
-                        state["momentum_buffer"] = torch.zeros_like(grad)
-                    state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-                    direction = grad.lerp(state["momentum_buffer"], group["momentum"])
-                    directions.append(gather(direction))
-                step_size = group["lr"] * 0.2 * max(shape) ** 0.5
-                for p, u in zip(params, orthogonalize(torch.stack(directions))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(shard_like(u * step_size, p))
+            for params in by_shape.values():
+                n = max(1, self.slice_numel // params[0].numel())
+                n *= params[0].device_mesh.size() if hasattr(params[0], "device_mesh") else 1
+                for i in range(0, len(params), n):
+                    self.update(params[i:i + n], group)
+
+    def update(self, params, group):
+        """Update params, matrices of one shape."""
+        directions = []
+        for p in params:
+            state, grad = self.state[p], p.grad.float()
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(grad)
+            state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+            directions.append(grad.lerp(state["momentum_buffer"], group["momentum"]))
+        step_size = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
+        for p, direction in zip(params, orthogonalize_all(directions)):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(direction * step_size)
 
 
 # ---- the model ----
@@ -417,9 +440,9 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens do not fit a context of {self.config.block_size}")
         positions, mask = torch.arange(past, past + T, device=ids.device)[None], None
         if doc_ids is not None:
-            same = doc_ids[:, :, None] == doc_ids[:, None, :]          # (B, T, T)
-            mask = same.tril()[:, None]                                # (B, 1, T, T)
-            positions = positions - same.int().argmax(-1)  # minus the first index of one's document
+            mask = (doc_ids[:, :, None] == doc_ids[:, None, :]).tril()[:, None]   # (B, 1, T, T)
+            begins = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))             # (B, T)
+            positions = positions - torch.where(begins, positions, 0).cummax(1).values
         elif past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)
         x = self.wte(ids)

@@ -53,7 +53,7 @@ from data.clean import Rules, clean_document, identity, to_simplified
 from data.files import Dropped, find_files
 from data.hub import fetch
 from data.near import NearDuplicates, signature
-from data.pool import map_batches
+from data.pool import cpu_count, map_batches
 from data.receipts import Receipts, listed
 from data.sources import SOURCES, WikiPage
 from data.tokenizer import load_tokenizer, train_bytebpe
@@ -286,7 +286,7 @@ def make_job(cfg, **more):
 def choose_workers(wanted, jobs):
     """As many as asked for, or one a core and 4 MB of files: starting one takes half a second."""
     size = sum(os.path.getsize(f) for _, files in jobs for f in files)
-    return wanted or max(1, min(os.cpu_count() or 1, size // 4_000_000))
+    return wanted or max(1, min(cpu_count(), size // 4_000_000))
 
 
 def hold_out_enough(out, keeper, tok, fraction):

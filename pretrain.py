@@ -57,6 +57,7 @@ import math
 import shlex
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,13 +65,14 @@ import torch
 import torch.distributed as dist
 
 from config import UserError, configure, is_out_of_memory, run_main
-from data.batches import TextData, tokens_per_step
+from data.batches import TextData
 from data.bins import open_sets
 from engine import machine as machines
 from engine.machine import StopWish, set_up_machine, to_device
 from engine.plan import fit_micro_batch, print_plan
 from engine.rundir import (
-    SAMPLING, SHAPE, RunDir, checked, find_checkpoint, load_base, plot_losses, restore_model)
+    SAMPLING, SHAPE, RunDir, checked, find_checkpoint, load_base, plot_losses, restore_model,
+    saved_score)
 from gpt import GPT, GPTConfig
 
 LARGEST = 2**40  # of any setting; far beyond any run, and no 64-bit sum of rows overflows
@@ -90,7 +92,7 @@ class Trainer:
                                            enabled=machine.dtype == torch.float16)
         self.step, self.best, self.losses, self.resumed_at = 0, math.inf, [], -1
         self.scores = {}
-        self.start_clock()
+        self.timer = Timer(machine.device)
         self.stop = StopWish()
         if checkpoint:
             self.restore(checkpoint)
@@ -101,6 +103,7 @@ class Trainer:
         self.step = self.resumed_at = checkpoint["step"]
         self.best = min(checkpoint["best"], self.files.best_loss())
         self.losses = list(torch.tensor(checkpoint["losses"], device=self.machine.device))
+        self.scores = checkpoint.get("scores", {})
         for opt, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             new = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
             machines.load_optimizer(opt, state)
@@ -110,13 +113,13 @@ class Trainer:
             self.scaler.load_state_dict(checkpoint["scaler"])
 
     def run(self):
-        with self.stop:
-            self.loop()
+        """Train to max_iters -> 0, or the number of the signal that ended it before."""
+        with self.stop, self.files:
+            return self.loop()
 
     def loop(self):
         cfg = self.cfg
         self.files.start(self.step, self.facts())
-        self.seconds, self.first = 0.0, self.step
         self.start_clock()
         while True:
             done = self.step >= cfg.max_iters
@@ -142,25 +145,22 @@ class Trainer:
         loss, self.norm = result
         self.losses.append(loss)
         self.step += 1
-        self.timed += 1
         if self.step == self.first + 1:
             machines.wait_for(self.machine.device)
-            self.warm = time.time()
+            self.warm = self.timer.now()
         return True
 
     def leave(self):
-        """Save where the run stands, say how it goes on, and end as the signal asks for."""
+        """Save where the run stands, say how it goes on -> the signal's number."""
         number = self.stop.agreed(self.machine)
         if self.step != self.resumed_at and self.step:
             self.save_checkpoint()
-        if self.machine.world > 1:
-            dist.destroy_process_group()
         words = [w for w in sys.argv if w.partition("=")[0] != "--overwrite"
                  and w != "--init_from=scratch"]  # either would begin anew
         how = ("the same torchrun command, without --overwrite" if self.machine.world > 1 else
                f"python {shlex.join(words)}")
         print(f"stopped at step {self.step:,}. Go on with:  {how}")
-        sys.exit(128 + number)
+        return number
 
     def train_step(self):
         """One optimizer step -> its mean loss and gradient norm, as tensors; None where a lone
@@ -207,29 +207,33 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         """Val loss over the same tokens each time, shared by all processes; the best is kept."""
-        m = self.machine
-        began, sums = time.time(), torch.zeros(2, dtype=torch.float64)
-        self.model.eval()
+        with self.timer.paused():
+            self.model.eval()
+            self.scores = scores = self.data.scores(self.val_loss())
+            if not math.isfinite(scores["val_loss"]):
+                raise UserError(f"val loss after step {self.step} is {scores['val_loss']}: lower "
+                                "learning_rate or muon_lr")
+            better = scores["val_loss"] < self.best
+            self.best = min(self.best, scores["val_loss"])
+            better = better and self.step > 0  # the untrained model is only what there is to beat
+            if better:
+                self.save_model("best")
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
+            self.log(scores, f"{shown}{'  (best)' if better else ''}")
+            with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+                self.print_samples()
+            self.model.train()
+
+    def val_loss(self):
+        """Mean over all tokens of all val batches, in nats."""
+        m, sums = self.machine, torch.zeros(2, dtype=torch.float64)
         for batch in machines.shared_out(self.data.val_batches(), m):
             with m.autocast():
                 loss, n = self.model(*(to_device(t, m.device) for t in batch))
             sums += torch.tensor([loss.item(), n.item()])
         if m.world > 1:
             dist.all_reduce(sums, group=m.cpu_group)
-        self.scores = scores = self.data.scores((sums[0] / sums[1]).item())
-        if not math.isfinite(scores["val_loss"]):
-            raise UserError(f"val loss after step {self.step} is {scores['val_loss']}: lower "
-                            "learning_rate or muon_lr")
-        better = scores["val_loss"] < self.best
-        self.best = min(self.best, scores["val_loss"])
-        better = better and self.step > 0  # the untrained model is only what there is to beat
-        if better:
-            self.save_model("best")
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
-        self.log(scores, f"{shown}{'  (best)' if better else ''}")
-        self.print_samples()
-        self.model.train()
-        self.mark += time.time() - began  # speeds are of training alone
+        return (sums[0] / sums[1]).item()
 
     def print_samples(self):
         """Continue each prompt; a sharded model needs all processes for it."""
@@ -248,18 +252,24 @@ class Trainer:
     # ---- watching ----
 
     def start_clock(self):
-        self.mark, self.timed, self.waited = time.time(), 0, 0.0
+        self.first = self.logged = self.step
+        self.began = self.mark = self.timer.now()
+        self.waited = 0.0
 
     def log(self, values, shown):
-        tokens = dict(tokens=self.step * tokens_per_step(self.cfg))
+        tokens = dict(tokens=self.data.tokens_read(self.step))
         self.files.log(self.step, tokens | values, shown)
+
+    def speed(self, first, seconds):
+        """Tokens per second of the steps since `first`."""
+        return (self.data.tokens_read(self.step) - self.data.tokens_read(first)) / seconds
 
     def log_training(self):
         """Mean loss since the last log, speed and the time to go; a GPU is waited for only here."""
         loss, norm = self.mean_loss(), self.norm.item()
-        seconds = max(time.time() - self.mark, 1e-9)
-        speed = self.timed * tokens_per_step(self.cfg) / seconds
-        left = seconds / self.timed * (self.cfg.max_iters - self.step)
+        seconds = max(self.timer.now() - self.mark, 1e-9)
+        speed = self.speed(self.logged, seconds)
+        left = seconds / (self.step - self.logged) * (self.cfg.max_iters - self.step)
         rate = self.cfg.learning_rate * lr_factor(self.step - 1, self.cfg)
         values = dict(loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed, 1),
                       memory_gib=round(machines.peak_memory(self.machine.device) / 2**30, 3),
@@ -271,9 +281,7 @@ class Trainer:
             values["mfu"] = speed * self.model.flops_per_token(self.cfg.block_size) / peak
             shown += f"  mfu {values['mfu']:.1%}"
         self.log(values, shown)
-        self.seconds += seconds
-        self.losses = []
-        self.start_clock()
+        self.losses, self.logged, self.mark, self.waited = [], self.step, self.timer.now(), 0.0
 
     def mean_loss(self):
         """Mean training loss since the last log, over all processes.
@@ -285,6 +293,7 @@ class Trainer:
         if self.machine.world > 1:
             dist.all_reduce(losses)
             losses /= self.machine.world
+            self.losses = list(losses)  # what a checkpoint keeps is of all processes
         limit = 2 * math.log(self.model.config.vocab_size)
         sound = losses.mean() < limit and (self.scaler.is_enabled() or self.norm.isfinite())
         if not sound:
@@ -299,22 +308,22 @@ class Trainer:
     def print_time(self):
         """The time the rest will take, from the first timed steps; evaluations come on top."""
         machines.wait_for(self.machine.device)
-        seconds = (time.time() - self.warm) / TIMED_STEPS
-        left = seconds * (self.cfg.max_iters - self.step)
+        seconds = max(self.timer.now() - self.warm, 1e-9)
+        left = seconds / TIMED_STEPS * (self.cfg.max_iters - self.step)
         memory = machines.peak_memory(self.machine.device) / 2**30
-        print(f"measured: {tokens_per_step(self.cfg) / seconds:,.0f} tokens/s"
+        print(f"measured: {self.speed(self.first + 1, seconds):,.0f} tokens/s"
               f"{f', {memory:.2f} GiB a process' * (memory > 0)}; {clock(left)} to finish",
               flush=True)
 
     def dry_run(self):
         """Time a few steps and forget them."""
-        self.first = self.step
         self.start_clock()
         for _ in range(1 + TIMED_STEPS):
             self.take_step()
         self.mean_loss()
         self.print_time()
         print("dry_run: nothing was trained, out_dir is as it was")
+        return 0
 
     # ---- files ----
 
@@ -322,33 +331,52 @@ class Trainer:
         """What run.json tells of this run beside its settings."""
         return dict(data=self.data.bins.fingerprint(), model=asdict(self.model.config),
                     tokenizer=self.data.tokenizer.fingerprint, device=str(self.machine.device),
-                    dtype=str(self.machine.dtype), processes=self.machine.world, **more)
+                    dtype=str(self.machine.dtype), processes=self.machine.world,
+                    launches=self.machine.launches, **more)
 
     def save_checkpoint(self):
         """All that the next step depends on, but for what (seed, step) decide."""
-        if self.losses:
-            self.mean_loss()  # what is not finite is not kept
-        state = dict(model=self.model.state_dict(),
-                     optimizers=[opt.state_dict() for opt in self.optimizers])
-        self.files.save_checkpoint(machines.whole(state, self.machine.main) | dict(
-            step=self.step, best=self.best, losses=[loss.item() for loss in self.losses],
-            cfg=vars(self.cfg), data=self.data.bins.fingerprint(),
-            model_config=asdict(self.model.config), scaler=self.scaler.state_dict()))
+        with self.timer.paused():
+            if self.losses:
+                self.mean_loss()  # what is not finite is not kept
+            state = dict(model=self.model.state_dict(),
+                         optimizers=[opt.state_dict() for opt in self.optimizers])
+            self.files.save_checkpoint(machines.whole(state, self.machine.main) | dict(
+                step=self.step, best=self.best, losses=[loss.item() for loss in self.losses],
+                scores=self.scores, cfg=vars(self.cfg), data=self.data.bins.fingerprint(),
+                model_config=asdict(self.model.config), scaler=self.scaler.state_dict()))
 
     def save_model(self, name):
         weights = machines.whole(self.model.state_dict(), self.machine.main)
-        self.files.save_model(name, self.model, weights, self.data.tokenizer, self.scores)
+        self.files.save_model(name, self.model, weights, self.data.tokenizer,
+                              dict(step=self.step) | self.scores)
 
     def finish(self):
+        speed = self.speed(self.first, max(self.timer.now() - self.began, 1e-9))
         self.save_model("final")
         if self.machine.main:
-            trained = (self.step - max(self.resumed_at, 0)) * tokens_per_step(self.cfg)
-            self.files.write_facts(self.facts(
-                finished=self.step, best_val_loss=self.best,
-                tokens_per_second=round(trained / max(self.seconds, 1e-9), 1)))
+            self.files.write_facts(self.facts(finished=self.step, best_val_loss=self.best,
+                                              tokens_per_second=round(speed, 1)))
             plot_losses(self.files.path)
-        if self.machine.world > 1:
-            dist.destroy_process_group()
+        return 0
+
+
+class Timer:
+    """A clock of training alone: it stands still during evaluation and saving."""
+
+    def __init__(self, device):
+        self.device, self.lost = device, 0.0
+
+    def now(self):
+        """Seconds since some moment."""
+        return time.perf_counter() - self.lost
+
+    @contextmanager
+    def paused(self):
+        machines.wait_for(self.device)  # the steps before it are not done yet
+        began = time.perf_counter()
+        yield
+        self.lost += time.perf_counter() - began
 
 
 def lr_factor(step, cfg):
@@ -418,12 +446,11 @@ def train(cfg, make_model, make_data, kind):
     """
     machine = set_up_machine(cfg)
     bins = open_dataset(cfg.dataset, machine)
-    checkpoint = find_checkpoint(cfg, bins)
+    checkpoint = find_checkpoint(cfg, bins, machine)
     step = checkpoint["step"] if checkpoint else 0
-    if machines.largest(step, machine) != -machines.largest(-step, machine):
-        raise UserError(f"{cfg.out_dir} is not the same for all processes: it must lie on a file "
-                        "system that all machines share")
-    if step >= cfg.max_iters and (Path(cfg.out_dir) / "final").is_dir():
+    finished = step >= cfg.max_iters and saved_score(Path(cfg.out_dir) / "final", "step") == step
+    if machines.largest(finished and machine.main, machine):
+        machines.leave_group()
         print(f"{cfg.out_dir} is finished at step {step:,}. "
               "A larger --max_iters goes on; --overwrite begins anew")
         return False
@@ -437,13 +464,17 @@ def train(cfg, make_model, make_data, kind):
             model.compile_parts()
         fit_micro_batch(cfg, machine, model, data)
         trainer = Trainer(cfg, machine, model, data, kind, checkpoint)
-        trainer.dry_run() if cfg.dry_run else trainer.run()
+        del checkpoint  # its file stays open as long
+        stopped_by = trainer.dry_run() if cfg.dry_run else trainer.run()
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
         raise UserError(f"{machine.device} is out of memory: halve batch_size={cfg.batch_size} and "
                         f"double gradient_accumulation_steps={cfg.gradient_accumulation_steps}; "
                         "the same command goes on from the last checkpoint") from e
+    machines.leave_group()
+    if stopped_by:
+        sys.exit(128 + stopped_by)
     return not cfg.dry_run
 
 

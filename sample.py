@@ -189,12 +189,20 @@ class Chat:
         self.system, self.messages, self.turn = system, [], 0
 
     def ask(self, question):
-        """Yield the answer as it comes; both are remembered, the answer as far as it was read."""
+        """Yield the answer as it comes; both are remembered, the answer as far as it was read.
+
+        UserError: the question does not fit the context; it is not remembered.
+        """
         self.messages.append(dict(role="user", content=question))
+        try:
+            ids = self.prompt()
+        except UserError:
+            self.messages.pop()
+            raise
         answer = ""
         try:
-            for piece in stream(self.model, self.tok, self.prompt(), self.cfg,
-                                self.cfg.seed + self.turn, self.cache):
+            for piece in stream(self.model, self.tok, ids, self.cfg, self.cfg.seed + self.turn,
+                                self.cache):
                 answer += piece
                 yield piece
         finally:

@@ -169,6 +169,13 @@ class ChatData:
         rows = self.steps[self.order.at(step)[0]]
         return max(1, sum(int((self.row("train", n)[1] >= 0).sum()) for n in rows))
 
+    def tokens_read(self, steps):
+        """Tokens of the first so many steps of the run, without padding."""
+        sizes, n = [int(self.fills["train"][rows].sum()) for rows in self.steps], len(self.steps)
+        epochs, rest = divmod(steps, n)
+        return epochs * sum(sizes) + sum(sizes[self.order.at(epochs * n + i)[0]]
+                                         for i in range(rest))
+
     def where(self, step):
         """Which rows a step reads, for a message."""
         rows = self.steps[self.order.at(step)[0]]

@@ -26,9 +26,11 @@ def run_main(main, script):
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # closed by the shell: `>&-`
             setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
-    sys.stdin.reconfigure(errors="strict")  # else the locale decides whether bad bytes are seen
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a Windows console may not know every character
+    # stdin: else the locale decides whether bad bytes are seen; a Windows console may not know
+    # every character; a notebook's streams have no encoding to set
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     try:
         main()
     except UserError as e:
@@ -107,7 +109,8 @@ def configure(script, argv=None, base=None, fixed=(), files=True):
     Order: the blocks, the config files among argv (words ending in .py; with files=False none are
     looked for), then --name=value. --help prints every setting with these values and exits.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # in a notebook, sys.argv holds the words of its kernel
+        argv = [] if Path(sys.argv[0]).stem == "ipykernel_launcher" else sys.argv[1:]
     settings = read_settings(base) if base else {}
     settings |= read_settings(script)
     settings = {name: value for name, value in settings.items() if name not in fixed}

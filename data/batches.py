@@ -125,6 +125,10 @@ class TextData:
         """Trained tokens of a whole step."""
         return tokens_per_step(self.cfg)
 
+    def tokens_read(self, steps):
+        """Tokens of the first so many steps of the run."""
+        return steps * tokens_per_step(self.cfg)
+
     def epochs(self, steps):
         """{name of a set: how often so many steps go through it}."""
         rows = steps * self.cfg.gradient_accumulation_steps * self.cfg.batch_size

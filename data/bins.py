@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from data.files import lock, write_file
+from data.files import lock, replace, write_file
 from data.tokenizer import Tokenizer
 
 VERSION = 1
@@ -217,6 +217,6 @@ def replace_folder(part, folder):
     old = Path(f"{folder}.old")
     shutil.rmtree(old, ignore_errors=True)
     if Path(folder).exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
+        replace(folder, old)
+    replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)

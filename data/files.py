@@ -11,6 +11,8 @@ import gzip
 import io
 import lzma
 import os
+import sys
+import time
 import zipfile
 import zlib
 from collections import Counter
@@ -171,7 +173,7 @@ def write_file(path, content):
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        replace(part, path)
     except OSError as e:  # of a full disk it names no file
         e.filename = e.filename or str(path)
         raise
@@ -179,17 +181,34 @@ def write_file(path, content):
         part.unlink(missing_ok=True)
 
 
+def replace(source, target):
+    """os.replace; on Windows, which refuses while a program reads the target, tried for a second.
+    """
+    for seconds in (0.05, 0.15, 0.3, 0.5, None):
+        try:
+            return os.replace(source, target)
+        except PermissionError as e:
+            if seconds is None or sys.platform != "win32":
+                e.strerror = f"{e.strerror}; does another program have it open?"
+                raise
+            time.sleep(seconds)
+
+
 def lock(path, taken):
     """An open file that no other process gets while this one lives; UserError(taken) if one has it.
     """
     file = open(path, "wb")
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:  # POSIX; Windows
         file.close()
         raise UserError(taken) from e
-    except (ImportError, OSError):  # Windows; network file systems without locks
+    except OSError:  # network file systems without locks
         pass
     return file
 

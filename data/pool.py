@@ -1,4 +1,5 @@
 """A function over many batches, in several processes, in order."""
+import math
 import multiprocessing
 import os
 import signal
@@ -7,8 +8,20 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 
 from config import UserError
+
+
+def cpu_count():
+    """Cores that this process may use: of its affinity, and of its container's quota (cgroup)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no Linux; "max": no quota
+        pass
+    return max(1, cores or 1)
 
 
 def map_batches(function, batches, job, n_workers):

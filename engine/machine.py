@@ -3,9 +3,11 @@
 A namespace from set_up_machine tells the loop all it needs to know; with one process every function
 here that speaks of many does nothing.
 """
+import hashlib
 import os
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -13,10 +15,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
-from gpt import shard_like
+from data.pool import cpu_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
+PEAK_FLOPS = {  # dense bfloat16, by the words of a card's name; the first that fits
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+    "5090": 209e12, "4090": 165e12, "3090": 71e12}
 
 
 # ---- one process ----
@@ -68,8 +73,9 @@ def peak_flops(machine):
     """Of all cards together, where their 16-bit peak is known and used; else None."""
     if machine.device.type != "cuda" or machine.dtype == torch.float32:
         return None
-    words = torch.cuda.get_device_name(machine.device).replace("-", " ").split()
-    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in words), None)
+    words = set(torch.cuda.get_device_name(machine.device).replace("-", " ").split())
+    peaks = (flops for card, flops in PEAK_FLOPS.items() if words.issuperset(card.split()))
+    peak = next(peaks, None)
     return peak and peak * machine.world
 
 
@@ -112,14 +118,16 @@ def set_up_machine(cfg):
     if cfg.gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} can't be "
                         f"shared equally by {world} processes")
+    cpu_group = dist.new_group(backend="gloo") if world > 1 else None  # no GPU waits for it
     dtype = choose_dtype(cfg.dtype, device.type)
     if cfg.fsdp and (world == 1 or dtype == torch.float16):
         raise UserError("fsdp shares a model among the processes of torchrun, in bfloat16 or "
                         f"float32; this is {world} process{'es' * (world > 1)}, {str(dtype)[6:]}")
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked of a GPU
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     return SimpleNamespace(
         device=device, dtype=dtype, rank=rank, world=world, main=rank == 0, fsdp=cfg.fsdp,
-        cpu_group=dist.new_group(backend="gloo") if world > 1 else None,  # no GPU waits for it
+        cpu_group=cpu_group, launches=torchrun_launches(cpu_group),
         autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32))
 
 
@@ -137,11 +145,33 @@ def meet(backend):
                         f"they do ({str(e).splitlines()[0]})") from e
 
 
+def torchrun_launches(cpu_group):
+    """A number for each torchrun command (one a machine) that started these processes.
+
+    A restart after a crash has the same numbers.
+    """
+    if cpu_group is None:
+        return []
+    file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # .../LAUNCH/attempt_1/0/error.json
+    name = file.parent.parent.parent.name  # made by mkdtemp
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big")
+    own = torch.tensor(number if name else 0)
+    numbers = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, own, group=cpu_group)
+    return sorted({int(n) for n in numbers} - {0})
+
+
+def leave_group():
+    """Part from the other processes; a process that ends without it prints an error of its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def largest(number, machine):
-    """The largest of an integer over all processes, which ask together; no GPU waits."""
+    """The largest of an integer or bool over all processes, which ask together; no GPU waits."""
     if machine.world == 1:
         return number
-    shared = torch.tensor(number)
+    shared = torch.tensor(int(number))
     dist.all_reduce(shared, dist.ReduceOp.MAX, group=machine.cpu_group)
     return int(shared)
 
@@ -182,11 +212,12 @@ def parallelize(model, machine):
 
 
 def share_gradients(parallel, now):
-    """Whether the next backward averages gradients, or they wait for a later micro-batch."""
+    """Whether the next backward averages gradients, or they wait for a later micro-batch.
+
+    A sharded model averages them every time: waiting gradients would be whole on every process.
+    """
     if isinstance(parallel, DistributedDataParallel):
         parallel.require_backward_grad_sync = now  # all that its no_sync() does
-    elif hasattr(parallel, "set_requires_gradient_sync"):
-        parallel.set_requires_gradient_sync(now)
 
 
 def whole(tree, keep=True):
@@ -205,8 +236,16 @@ def whole(tree, keep=True):
     return full.cpu() if keep else None
 
 
+def shard_like(t, p):
+    """The part of t, whole in every process, that belongs to this one as p does."""
+    if not hasattr(p, "device_mesh"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+
+
 def load_optimizer(optimizer, state):
-    """Optimizer.load_state_dict of whole tensors, each sharded as its parameter is."""
+    """Optimizer.load_state_dict of whole tensors, each copied and sharded as its parameter is."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
         for name, value in values.items():
@@ -214,7 +253,7 @@ def load_optimizer(optimizer, state):
                 continue
             if value.shape != params[i].shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}")
-            values[name] = shard_like(value.to(params[i].device), params[i])
+            values[name] = shard_like(value.to(params[i].device, copy=True), params[i])
     optimizer.load_state_dict(state)
 
 

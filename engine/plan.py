@@ -2,14 +2,14 @@
 
     python -m engine.plan        # a table of memory and days for three sizes on 1, 8 and 64 H200s
 """
+from collections import Counter
 from types import SimpleNamespace
 
 import torch
 
 from config import UserError, is_out_of_memory
-from data.batches import tokens_per_step
 from engine.machine import PEAK_FLOPS, free_memory, largest, to_device
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, Muon
 
 MANY_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
 GIB = 2**30
@@ -47,8 +47,18 @@ def logits_bytes(config, tokens, budget, dtype):
     return chunk * per_logit + config.vocab_size * config.n_embd * 4
 
 
+def muon_bytes(model, optimizer):
+    """What Muon's step holds at once: of a slice of matrices the directions, their stack, its two
+    products with the Gram polynomials, and the update."""
+    if optimizer != "muon":
+        return 0
+    sizes = Counter(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    return 4 * 5 * max(numel * min(n, max(1, Muon.slice_numel // numel))
+                       for numel, n in sizes.items())
+
+
 def memory_plan(model, cfg, machine):
-    """{what: bytes} of one process at its fullest moment."""
+    """{what: bytes} of one process; activations and logits are gone when Muon steps."""
     tokens, shards = cfg.batch_size * cfg.block_size, machine.world if machine.fsdp else 1
     weights, gradients, states = state_bytes(model, cfg.optimizer)
     if machine.dtype != torch.float32:  # autocast keeps a copy of every weight
@@ -56,26 +66,29 @@ def memory_plan(model, cfg, machine):
     if machine.fsdp:  # one block, and wte with the head, are whole at a time
         whole = max(sum(p.numel() for p in model.blocks[0].parameters()), model.head.numel())
         weights += 4 * shards * whole
+    activations = activation_bytes(model.config, tokens, machine.dtype)
+    logits = logits_bytes(model.config, tokens, model.logits_budget(), machine.dtype)
     return {"weights, gradients and optimizer": (weights + gradients + states) / shards,
-            "activations": activation_bytes(model.config, tokens, machine.dtype),
-            "logits": logits_bytes(model.config, tokens, model.logits_budget(), machine.dtype)}
+            "activations": activations, "logits": logits,
+            "Muon's step beyond these": max(0, muon_bytes(model, cfg.optimizer) - activations
+                                            - logits)}
 
 
 def print_plan(cfg, machine, model, data, step, kind):
     """Size, tokens, epochs, FLOPs and memory of the run; warns of what will not go well."""
     c, (embedding, body) = model.config, model.n_params()
-    tokens = cfg.max_iters * tokens_per_step(cfg)
+    tokens = data.tokens_read(cfg.max_iters)
     epochs = data.epochs(cfg.max_iters)
     shown = ", ".join(f"{name} {n:.1f}" for name, n in epochs.items())
     print(f"{cfg.out_dir}: {c.arch}, {(embedding + body) / 1e6:.2f}M parameters "
           f"({embedding / 1e6:.2f}M in embeddings), {machine.device.type} "
           f"{str(machine.dtype)[6:]}, {machine.world} process{'es' * (machine.world > 1)}"
           f"{', sharded' * machine.fsdp}\n"
-          f"steps {step:,} to {cfg.max_iters:,} of {tokens_per_step(cfg):,} tokens = "
+          f"steps {step:,} to {cfg.max_iters:,} of {tokens / cfg.max_iters:,.0f} tokens = "
           f"{tokens / 1e6:,.1f}M tokens = {shown} epochs, "
           f"{model.flops_per_token(cfg.block_size) * tokens:.2g} FLOPs")
     memory = memory_plan(model, cfg, machine)
-    parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in memory.items())
+    parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in memory.items() if n)
     print(f"memory a process: about {sum(memory.values()) / GIB:.2f} GiB ({parts})", flush=True)
     free = free_memory() if machine.device.type == "cpu" else 0
     if free and sum(memory.values()) > free:
@@ -116,6 +129,8 @@ def fits(cfg, machine, model, data):
         with machine.autocast():
             loss, _ = model(*batch)
         loss.backward()
+        del loss
+        torch.empty(muon_bytes(model, cfg.optimizer), dtype=torch.uint8, device=machine.device)
         del room
         return True
     except RuntimeError as e:

@@ -17,11 +17,16 @@ from safetensors import SafetensorError
 
 from config import UserError, is_out_of_memory
 from data.bins import replace_folder
-from data.files import lock, write_file
+from data.files import lock, replace, write_file
 from data.tokenizer import load_tokenizer
+from engine.machine import largest
 from gpt import GPT, GPTConfig
 
 SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
+WATCHING = {  # settings that change what is shown and where, not the weights
+    "out_dir", "overwrite", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval",
+    "dry_run", "wandb_log", "wandb_project", "tensorboard", "sample_start", "device", "dtype",
+    "compile", "fsdp"}
 SAMPLING = {  # small models like to go round in circles; answers have to repeat the question
     "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
     "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
@@ -36,7 +41,14 @@ class RunDir:
 
     def __init__(self, cfg, kind, main):
         self.cfg, self.kind, self.main = cfg, kind, main
-        self.path, self.trackers = Path(cfg.out_dir), []
+        self.path, self.trackers, self.lock = Path(cfg.out_dir), [], None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.lock:
+            self.lock.close()  # another run may start
 
     def start(self, step, facts):
         """run.json, and the log cut back to the step this run starts from."""
@@ -55,7 +67,7 @@ class RunDir:
         remove(self.path, "ckpt_step_*.part", "best.part", "final.part")  # of one that was killed
         old = self.path / "best.old"  # killed while best/ was being replaced
         if old.is_dir() and not (self.path / "best").exists():
-            os.replace(old, self.path / "best")
+            replace(old, self.path / "best")
         log = self.path / "log.jsonl"
         lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
         kept = [line for line in lines if step and is_json_up_to(line, step)]
@@ -97,13 +109,13 @@ class RunDir:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        replace(part, path)
         files = checkpoint_files(self.path)
         for old in files[files.index(path) + 2:]:  # any later ones are damaged
             old.unlink()
 
     def save_model(self, name, model, weights, tok, scores):
-        """best/ or final/: what transformers, vLLM and sample.py load."""
+        """best/ or final/: what transformers, vLLM and sample.py load; config.json has scores."""
         if not self.main:
             return
         part, chat = self.path / f"{name}.part", self.kind == "chat"
@@ -119,11 +131,8 @@ class RunDir:
 
     def best_loss(self):
         """Val loss of what is in best/, which a worse model must never replace; inf if unknown."""
-        try:
-            config = json.loads((self.path / "best" / "config.json").read_text(encoding="utf-8"))
-            return float(config["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return float("inf")
+        loss = saved_score(self.path / "best", "val_loss")
+        return float("inf") if loss is None else loss
 
 
 @contextmanager
@@ -134,8 +143,9 @@ def whole_or_nothing(part):
     except (OSError, RuntimeError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         reason = str(e).splitlines()[0]
-        raise UserError(f"{part} can't be written ({reason}). Is the disk full? The same command "
-                        "goes on from the checkpoint before, where there is one") from e
+        question = "" if isinstance(e, PermissionError) else " Is the disk full?"
+        raise UserError(f"{part} can't be written ({reason}).{question} The same command goes on "
+                        "from the checkpoint before, where there is one") from e
 
 
 def is_json_up_to(line, step):
@@ -213,21 +223,59 @@ def remove(out, *patterns):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def read_run(out):
+    """run.json of a run; {} if there is none, or it can't be read."""
+    try:
+        run = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
+        return run if isinstance(run.get("settings"), dict) else {}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def saved_score(folder, name):
+    """The number `name` (step, val_loss) in the config.json of best/ or final/; None if unknown."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return float(config[name])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def trained_with(settings):
+    """The settings that decide the weights of a run, in one form for equal runs."""
+    settings = {name: value for name, value in settings.items() if name not in WATCHING}
+    rows = settings.pop("batch_size") * settings.pop("gradient_accumulation_steps")
+    return settings | dict(rows=rows, init_from=settings["init_from"].replace("scratch", "auto"))
+
+
 def is_same_run(out, cfg):
     """Whether run.json is of this command, killed before its first checkpoint or its end."""
     try:
-        old = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
-        names = {"dataset", "seed", "optimizer", "init_from", "max_iters", "learning_rate",
-                 *SHAPE} - {"block_size"}  # which sft.py takes from its base
-        return all(old[name] == value for name, value in vars(cfg).items() if name in names)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        old = trained_with(read_run(out)["settings"])
+        # sft.py takes the shape from its base model: cfg has none
+        return all(old[name] == value for name, value in trained_with(vars(cfg)).items())
+    except (KeyError, TypeError, AttributeError):
         return False
 
 
-def find_checkpoint(cfg, bins):
+def find_checkpoint(cfg, bins, machine):
+    """The checkpoint this command goes on with, or None: the main process finds it for all."""
+    found = newest_checkpoint(cfg, bins, machine.launches) if machine.main else None
+    step = largest(found["step"] if found else -1, machine)
+    if step < 0 or machine.main:
+        return found
+    file = Path(cfg.out_dir) / f"ckpt_step_{step}.pt"
+    if not file.is_file():
+        raise UserError(f"{file} is not there for every process: out_dir must lie on a file system "
+                        "that all machines share")
+    return read_checkpoint(file, check=False)
+
+
+def newest_checkpoint(cfg, bins, launches):
     """The newest sound checkpoint of out_dir if this command goes on with it, else None."""
     out = Path(cfg.out_dir)
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
+    # after a crash torchrun starts the same command again, which must not remove its own work
+    again = bool(set(launches) & set(read_run(out).get("launches", ())))
     files = [] if cfg.overwrite and not again else checkpoint_files(out)
     if files and cfg.init_from == "scratch" and not again:
         raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")
@@ -251,12 +299,16 @@ def find_checkpoint(cfg, bins):
     return None
 
 
-def read_checkpoint(file):
-    """A checkpoint whose bytes are those that were written; else it raises almost anything."""
-    with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
-        if archive.testzip():
-            raise zipfile.BadZipFile
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+def read_checkpoint(file, check=True):
+    """A checkpoint whose bytes are those that were written; else it raises almost anything.
+
+    Its tensors are read from the file when they are used. check: compare the checksums first.
+    """
+    if check:
+        with zipfile.ZipFile(file) as archive:  # torch.load does not look at them
+            if archive.testzip():
+                raise zipfile.BadZipFile
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     missing = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers", "scaler",
                "data"} - checkpoint.keys()
     if missing:
