@@ -44,6 +44,8 @@ def choose_device(name):
 
 
 def choose_dtype(wanted, device_type):
+    """torch.dtype of a name or "auto"; the environment's AUTO_DTYPE, a name too, decides auto."""
+    wanted = os.environ.get("AUTO_DTYPE", wanted) if wanted == "auto" else wanted
     if wanted in DTYPES:
         return DTYPES[wanted]
     if wanted != "auto":

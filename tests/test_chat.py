@@ -117,16 +117,6 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(base):
     assert process.returncode == 0 and b"/quit " in said, said
 
 
-def test_stop_texts_end_a_sample(base):
-    words = ("--model=out/tiny/best", "--start=数学", "--max_new_tokens=40")
-    text = run(base, "sample.py", *words).stdout.strip()
-    stop = text[10]
-    cut = run(base, "sample.py", *words, f"--stop={stop}|没有这个").stdout.strip()
-    assert cut == "数学" + text[2:].partition(stop)[0].rstrip()
-    rows = run(base, "sample.py", *words, "--num_samples=2").stdout.split("-" * 20)
-    assert rows[0].strip() == text and len(rows) == 2
-
-
 # ---- foreign folders ----
 
 def test_a_base_without_chat_tokens_grows_them_and_keeps_its_logits(base, place):
