@@ -166,8 +166,9 @@ class Attention(nn.Module):
             # CUDA's only kernel for a mask with grouped heads is the slow one (math)
             k, v = (t.repeat_interleave(self.group_size, dim=1) for t in (k, v))
         # is_causal aligns top left: with a cache it would let a lone query see only the first key.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=k.size(1) != q.size(1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                           is_causal=mask is None and T > 1,
+                                           enable_gqa=k.size(1) < q.size(1))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again
 
 
@@ -329,7 +330,8 @@ def orthogonalize(g, steps=5):
 
 
 def orthogonalize_all(matrices):
-    """orthogonalize a list of matrices of one shape; of sharded ones each process does its share."""
+    """orthogonalize a list of matrices of one shape; each process does its share of sharded ones.
+    """
     if not hasattr(matrices[0], "device_mesh"):
         return orthogonalize(torch.stack(matrices))
     from torch.distributed.tensor import DTensor, Shard

@@ -93,6 +93,7 @@ class Trainer:
         self.step, self.best, self.losses, self.resumed_at = 0, math.inf, [], -1
         self.scores = {}
         self.timer = Timer(machine.device)
+        self.start_clock()
         self.stop = StopWish()
         if checkpoint:
             self.restore(checkpoint)

@@ -170,6 +170,35 @@ def test_gpt_py_is_ascii():
     (ROOT / "gpt.py").read_bytes().decode("ascii")
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_new_model_has_blocks_that_change_nothing(shape):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPES[shape]))
+    seen = {}
+    model.blocks[0].register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
+    model.norm.register_forward_pre_hook(lambda m, args: seen.update(y=args[0]))
+    model(random_ids(model, 2, 16))
+    assert torch.equal(seen["x"], seen["y"])
+    for name, p in model.named_parameters():
+        if p.dim() == 1:  # norms and biases
+            assert p.eq(float(name.endswith("weight"))).all(), name
+        elif name.startswith("blocks.") and "o_proj" not in name and "down_proj" not in name:
+            assert p.std().item() == pytest.approx(0.5 / math.sqrt(p.size(1)), rel=0.1), name
+        elif not name.startswith("blocks."):
+            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "qwen3 grouped", "qwen3 untied"])
+def test_flops_per_token_are_those_of_the_matrix_products(shape):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model, T = make(shape), 24
+    ids = random_ids(model, 2, T)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        plain_loss(model, ids, ids).backward()
+    assert model.flops_per_token(T) * ids.numel() == counter.get_total_flops()
+
+
 # ---- the loss ----
 
 def plain_loss(model, ids, targets):

@@ -152,14 +152,14 @@ def torchrun_launches(cpu_group):
 
     A restart after a crash has the same numbers.
     """
-    if cpu_group is None:
-        return []
     file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # .../LAUNCH/attempt_1/0/error.json
     name = file.parent.parent.parent.name  # made by mkdtemp
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big")
     own = torch.tensor(number if name else 0)
-    numbers = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(numbers, own, group=cpu_group)
+    numbers = [own]
+    if cpu_group is not None:
+        numbers = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(numbers, own, group=cpu_group)
     return sorted({int(n) for n in numbers} - {0})
 
 

@@ -48,13 +48,13 @@ def logits_bytes(config, tokens, budget, dtype):
 
 
 def muon_bytes(model, optimizer):
-    """What Muon's step holds at once: of a slice of matrices the directions, their stack, its two
-    products with the Gram polynomials, and the update."""
+    """What Muon's step holds at once, for a slice of matrices of one shape: four of their size
+    (directions, their stack, its product, the update) and up to 2.5 Gram matrices beside these."""
     if optimizer != "muon":
         return 0
-    sizes = Counter(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
-    return 4 * 5 * max(numel * min(n, max(1, Muon.slice_numel // numel))
-                       for numel, n in sizes.items())
+    shapes = Counter(p.shape for p in model.blocks.parameters() if p.dim() == 2)
+    return max(4 * min(n, max(1, Muon.slice_numel // shape.numel()))
+               * (4 * shape.numel() + 5 * min(shape) ** 2 // 2) for shape, n in shapes.items())
 
 
 def memory_plan(model, cfg, machine):

@@ -20,6 +20,10 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
 ENV = os.environ  # of every script, in this process or its own
 
+import torch  # noqa: E402  (reads the environment above)
+
+from config import run_main  # noqa: E402
+
 
 # ---- one suite, two number types ----
 
@@ -33,6 +37,13 @@ def pytest_configure(config):
         os.environ["AUTO_DTYPE"] = config.getoption("--auto-dtype")
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Undo what the scripts set for their process: float32 products may be rounded."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 # ---- scripts ----
 
 def run(folder, script, *words, input=""):
@@ -40,7 +51,6 @@ def run(folder, script, *words, input=""):
 
     A failure that is not a UserError leaves a traceback in .stderr and the code 1, as in Python.
     """
-    from config import run_main  # imports of the project stay below pytest_configure
     module, code = importlib.import_module(Path(script).stem), 0
     input = input.encode() if isinstance(input, str) else input
     streams = {name: io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")

@@ -3,16 +3,17 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ENV, ROOT, one_line, run
+from conftest import ENV, ROOT, one_line, run, run_process, start, succeed
 
 import sample
 from config import UserError, configure
@@ -23,9 +24,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def loaded(base):
+    """(model, tokenizer, settings); with weights so large that each word depends on all before."""
     words = [f"--model={base / 'out/tiny/best'}", "--max_new_tokens=12", "--temperature=0"]
     cfg = configure(sample.__file__, words, files=False)[0]
-    return *sample.load(cfg), cfg
+    model, tok = sample.load(cfg)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data += 0.16 * torch.randn_like(p)
+    return model, tok, cfg
 
 
 @pytest.fixture
@@ -50,13 +56,17 @@ def test_a_chat_forgets_whole_turns_and_never_the_system_message(chat):
     assert kept[:len(tok.header("user"))] == tok.header("user") and kept.count(tok.im_start) > 3
 
 
-def test_an_answer_is_the_same_with_the_cache_of_earlier_turns(chat, loaded):
+def answer_without_cache(chat):
+    """What a new chat that has read nothing yet answers to the last question."""
+    fresh = sample.Chat(chat.model, chat.tok, chat.cfg)
+    fresh.messages, fresh.turn = chat.messages[:-2], chat.turn - 1
+    return "".join(fresh.ask(chat.messages[-2]["content"]))
+
+
+@pytest.mark.numeric
+def test_an_answer_is_the_same_with_the_cache_of_earlier_turns(chat):
     for question in ("你好", "什么是细胞？", "再说一遍", "长江" * 30):
-        answer = "".join(chat.ask(question))
-        fresh = sample.Chat(chat.model, chat.tok, chat.cfg)
-        fresh.messages = chat.messages[:-2]
-        fresh.turn = chat.turn - 1
-        assert "".join(fresh.ask(question)) == answer
+        assert "".join(chat.ask(question)) == answer_without_cache(chat)
 
 
 def test_a_question_longer_than_the_context_keeps_its_end(chat, capsys):
@@ -82,39 +92,47 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(chat):
     shown = next(answer) + next(answer)
     answer.close()
     assert chat.messages[-1] == dict(role="assistant", content=shown)
-    assert "".join(chat.ask("再说")) is not None and len(chat.messages) == 4
+    assert "".join(chat.ask("再说")) == answer_without_cache(chat) and len(chat.messages) == 4
 
 
 def test_lines_from_a_pipe_are_answered_and_commands_obeyed(base, tmp_path):
     lines = ["你好", "", "/temperature 0", "/temperature x", "/temperature nan", "/system 你是小语", "长江",
              f"/save {tmp_path / 'talk.jsonl'}", "/save no/such/folder/x", "/nothing", "/new",
              "再见", "/quit", "不读"]
-    done = run(base, "sample.py", "--chat", "--model=out/tiny/best", "--max_new_tokens=5",
-               input="\n".join(lines) + "\n")
-    assert done.returncode == 0, done.stderr
+    done = succeed(run(base, "sample.py", "--chat", "--model=out/tiny/best", "--max_new_tokens=5",
+                       input="\n".join(lines) + "\n"))
     assert len(done.stdout.splitlines()) >= 3
     for part in ("'x' is no number", "'nan' is no number", "saved to", "no/such", "/quit "):
         assert part in done.stderr, done.stderr
     saved = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))
     assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), "--chat", "--model=out/tiny/best"], cwd=base,
-        env=ENV, input="好\n".encode("gbk"), capture_output=True, timeout=300)
-    assert done.returncode == 2 and b"not UTF-8" in done.stderr
+    done = run(base, "sample.py", "--chat", "--model=out/tiny/best", input="好\n".encode("gbk"))
+    one_line(done, "not UTF-8")
+
+
+@pytest.fixture
+def endless(loaded, tmp_path):
+    """A model folder that answers 长长长... and never ends: equal embeddings but that one, which is
+    twice as long, and blocks that add nothing."""
+    model, tok = deepcopy(loaded[0]), loaded[1]
+    for name, p in model.named_parameters():
+        p.data.fill_(1.0 if "norm" in name else 10.0 * name.startswith("wte"))
+    model.wte.weight.data[tok.encode("长")] = 20.0
+    model.save_pretrained(tmp_path / "endless", model.state_dict())
+    tok.save(tmp_path / "endless", chat=True)
+    return tmp_path / "endless"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_stops_the_answer_and_not_the_program(base):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), "--chat", "--model=out/tiny/best",
-         "--max_new_tokens=1000000", "--temperature=1"], cwd=base, env=ENV,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdin.write("你好\n".encode())
+def test_ctrl_c_stops_the_answer_and_not_the_program(endless):
+    process = start(endless, "sample.py", "--chat", "--model=.", "--max_new_tokens=1000000",
+                    "--temperature=1", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write("你好\n")
     process.stdin.flush()
-    assert process.stdout.read(30)  # it is answering, and would for hours
+    assert process.stdout.read(10) == "长" * 10  # it would go on for hours
     process.send_signal(signal.SIGINT)
-    rest, said = process.communicate("/nothing\n/quit\n".encode(), timeout=60)
-    assert process.returncode == 0 and b"/quit " in said, said
+    _, said = process.communicate("/nothing\n/quit\n")
+    assert process.returncode == 0 and "/quit " in said, said
 
 
 # ---- foreign folders ----
@@ -129,11 +147,10 @@ def test_a_base_without_chat_tokens_grows_them_and_keeps_its_logits(base, place)
     spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<|im")]
     (place / "theirs/tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     chats = ROOT / "data/demo/raw/chat.jsonl"
-    done = run(place, "prepare.py", "chat", chats, "--tokenizer=theirs", "--max_docs=200")
-    assert done.returncode == 0, done.stderr
-    done = run(place, "sft.py", "--init_from=theirs", "--dataset=chat", "--max_iters=2",
-               "--batch_size=2", "--out_dir=out/grown", "--eval_interval=2")
-    assert done.returncode == 0, done.stderr
+    succeed(run(place, "prepare.py", "chat", chats, "--tokenizer=theirs", "--max_docs=200"))
+    succeed(run(place, "sft.py", "--init_from=theirs", "--dataset=chat", "--max_iters=2",
+                "--batch_size=2", "--gradient_accumulation_steps=1", "--out_dir=out/grown",
+                "--eval_interval=2", "--eval_tokens=500"))
     model, tok = load_model(str(place / "theirs"), grow=True)
     assert tok.n_ids == 4096 == model.config.n_ids and model.config.vocab_size == 4096
     ids = torch.randint(4094, (1, 20))
@@ -182,22 +199,19 @@ def test_a_hub_id_is_a_model_like_a_folder(base, place, tmp_path_factory):
         "HF_HOME": str(tmp_path_factory.mktemp("home"))}
 
     def say(*words, env):
-        done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=place,
-                              env=env, capture_output=True, text=True, encoding="utf-8")
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-    start = ("sample.py", "--start=数学", "--max_new_tokens=20")
-    want = say(*start, f"--model={Hub.folder}", env=ENV)
-    assert say(*start, "--model=someone/tiny", env=online) == want
+        return succeed(run_process(place, *words, env=env)).stdout
+    sampled = ("sample.py", "--start=数学", "--max_new_tokens=20")
+    want = succeed(run(place, *sampled, f"--model={Hub.folder}")).stdout
+    assert say(*sampled, "--model=someone/tiny", env=online) == want
     assert "base model: someone/tiny" in say(
         "sft.py", "--init_from=someone/tiny", "--dataset=demo_chat", "--max_iters=1",
-        "--eval_tokens=500", "--out_dir=out/x", env=online)
+        "--batch_size=2", "--gradient_accumulation_steps=1", "--eval_tokens=500", "--out_dir=out/x",
+        env=online)
     server.shutdown()
-    assert say(*start, "--model=someone/tiny", env=online | {"HF_HUB_OFFLINE": "1"}) == want
+    assert say(*sampled, "--model=someone/tiny", env=online | {"HF_HUB_OFFLINE": "1"}) == want
 
 
 def test_nothing_in_a_foreign_folder_is_executed(base, tmp_path):
-    import shutil
     folder, proof = tmp_path / "evil", tmp_path / "executed"
     shutil.copytree(base / "out/tiny/best", folder)
     code = f"open({str(proof)!r}, 'w').close()\n"
@@ -213,7 +227,6 @@ def test_nothing_in_a_foreign_folder_is_executed(base, tmp_path):
                  "{{ cycler.__init__.__globals__.os.system('touch " + str(proof) + "') }}"}
     file.write_text(json.dumps(settings), encoding="utf-8")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n")
-    done = run(tmp_path, "sample.py", "--chat", f"--model={folder}", "--max_new_tokens=3",
-               input="你好\n")
-    assert done.returncode == 0, done.stderr
+    succeed(run(tmp_path, "sample.py", "--chat", f"--model={folder}", "--max_new_tokens=3",
+                input="你好\n"))
     assert not proof.exists()

@@ -20,6 +20,7 @@ from engine.rundir import load_model
 from engine.score import bits_per_byte, choose, encode_rows, likelihoods, standard_error, windows
 from gpt import GPT, GPTConfig
 
+pytestmark = pytest.mark.numeric
 torch.set_num_threads(1)
 CMMLU = ",Question,A,B,C,D,Answer\n0,水在多少度结冰？,零度,十度,百度,千度,A\n1,一加一等于几？,一,二,三,四,B\n"
 CEVAL = ('id,question,A,B,C,D,answer,explanation\n0,"长江, 流入\n哪里？",东海,黄海,南海,渤海,A,课本\n'

@@ -23,6 +23,7 @@ import sft
 from config import UserError, configure
 from data.batches import DECK, Deck, TextData
 from data.bins import Bins, open_sets
+from engine.machine import choose_dtype
 from engine.rundir import checkpoint_files
 from gpt import GPT, GPTConfig
 
@@ -148,6 +149,7 @@ def test_only_two_checkpoints_are_kept_and_the_models_load(base):
     assert run_json["kind"] == "base" and run_json["finished"] == 12
 
 
+@pytest.mark.numeric
 def test_best_is_the_evaluation_with_the_lowest_loss(base):
     from safetensors.torch import load_file
     out = base / "out/tiny"
@@ -187,6 +189,7 @@ def test_a_mixture_deals_each_set_by_weight_and_in_order(weights, seed):
     assert [Deck(weights, seed).at(i) for i in (7, 1999, 7)] == [deck.at(i) for i in (7, 1999, 7)]
 
 
+@pytest.mark.numeric
 def test_a_run_on_a_mixture_says_its_epochs_and_resumes_exactly(two_sets, tmp_path):
     place = with_sets(tmp_path, two_sets)
     words = ["--dataset=a:3,b:1", "--max_iters=12"]
@@ -208,6 +211,7 @@ def test_a_set_that_is_read_too_often_is_named(two_sets):
     assert "b will be read" in done.stdout and "a will be read" not in done.stdout
 
 
+@pytest.mark.numeric
 def test_a_mixture_is_evaluated_on_every_set_in_its_share(two_sets):
     bins = open_sets("a:3,b:1", two_sets / "data")
     data = TextData(bins, settings("--eval_tokens=400"))
@@ -227,6 +231,7 @@ def test_a_mixture_that_cannot_be_is_one_line(text, what, two_sets):
         TextData(open_sets(text, two_sets / "data"), settings())
 
 
+@pytest.mark.numeric
 def test_accumulated_gradients_equal_one_batch(demo):
     grads = []
     for words in (("--batch_size=8", "--gradient_accumulation_steps=1"), ()):
@@ -246,6 +251,7 @@ def test_accumulated_gradients_equal_one_batch(demo):
         assert (g - grads[1][1][name]).norm() <= 1e-6 * norm, name
 
 
+@pytest.mark.numeric
 def test_val_loss_predicts_every_token_once_in_bits_per_byte(demo):
     cfg, bins = settings("--eval_tokens=0"), Bins("demo", demo / "data")
     data, val = pretrain.TextData(bins, cfg), bins.tokens("val")
@@ -276,6 +282,7 @@ def test_two_processes_train_as_one_and_one_goes_on_for_them(place):
             assert (a[1] or a[2]) == pytest.approx(b[1] or b[2], rel=1e-5), (name, a[0])
 
 
+@pytest.mark.numeric
 def test_float16_skips_both_optimizers_where_a_gradient_overflows(demo):
     cfg, bins = settings("--optimizer=muon"), Bins("demo", demo / "data")
     trainer = pretrain.Trainer(cfg, pretrain.set_up_machine(cfg), pretrain.make_model(cfg, bins),
@@ -290,6 +297,16 @@ def test_float16_skips_both_optimizers_where_a_gradient_overflows(demo):
     trainer.train_step()
     for name in ("wte.weight", "blocks.1.mlp.down_proj.weight"):  # one of each optimizer
         assert not torch.equal(trainer.model.state_dict()[name], before[name])
+
+
+def test_the_environment_decides_what_auto_means_and_nothing_else(monkeypatch):
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        monkeypatch.setenv("AUTO_DTYPE", name)
+        assert choose_dtype("auto", "cpu") == dtype
+        assert choose_dtype("float16", "cpu") == torch.float16
+    monkeypatch.setenv("AUTO_DTYPE", "int8")
+    with pytest.raises(UserError, match="int8"):
+        choose_dtype("auto", "cpu")
 
 
 # ---- fine-tuning ----
@@ -361,11 +378,12 @@ def test_a_long_dialogue_is_cut_behind_a_message_or_dropped(demo):
     assert len(sft.fit(many, tok, len(one) // 2)) == 0
 
 
+@pytest.mark.numeric
 def test_fine_tuning_goes_from_base_to_chat_and_resumes_exactly(base, place):
     shutil.copytree(base / "out", place / "out")
     words = ["--dataset=demo_chat", "--max_iters=8", "--eval_interval=4", "--checkpoint_interval=3",
              "--batch_size=4", "--gradient_accumulation_steps=2", "--dropout=0.2",
-             "--log_interval=1", "--dtype=float32"]
+             "--log_interval=1"]
     done = succeed(run(place, "sft.py", *words, "--out_dir=out/a"))
     assert "base model: out/tiny/best" in done.stdout.replace("\\", "/")
     process = start(place, "sft.py", *words, "--out_dir=out/b")
@@ -396,6 +414,7 @@ def test_a_set_of_another_vocabulary_is_refused(base, place):
 
 # ---- sampling ----
 
+@pytest.mark.numeric
 def test_sampling_takes_the_newest_model_and_repeats_with_its_seed(base):
     words = ("--start=数学是", "--max_new_tokens=20", "--seed=3")
     first, second = (succeed(run(base, "sample.py", *words, "--num_samples=2")) for _ in range(2))
@@ -411,6 +430,11 @@ def test_a_text_longer_than_the_context_is_cut_and_said(base, tmp_path):
     done = run(base, "sample.py", f"--start=FILE:{tmp_path / 'long.txt'}", "--max_new_tokens=150")
     assert done.returncode == 0 and "only the last 64 are read" in done.stderr, done.stderr
     assert done.stdout.startswith("长江" * 300)
+
+
+@pytest.fixture(scope="module")
+def tok(demo):
+    return Bins("demo", demo / "data").tokenizer
 
 
 class Scripted:
@@ -433,16 +457,14 @@ def byte_ids(tok, data):
 @given(st.text(max_size=8).map(str.encode) | st.binary(max_size=20))
 @hypothesis.example(b"\xe4" + "数学".encode() + b"\xe5")  # a lone byte, two characters, half a one
 @hypothesis.settings(max_examples=200, deadline=None)
-def test_streamed_text_equals_the_text_decoded_at_once(demo, raw):
-    tok = Bins("demo", demo / "data").tokenizer
+def test_streamed_text_equals_the_text_decoded_at_once(tok, raw):
     model = Scripted([*byte_ids(tok, raw), tok.im_end])
     cfg = configure(sample.__file__, [], files=False)[0]
     text = "".join(sample.stream(model, tok, tok.encode("数学"), cfg, 1))
     assert text == raw.decode("utf-8", errors="ignore")
 
 
-def test_a_stop_text_ends_a_sample(demo, monkeypatch):
-    tok = Bins("demo", demo / "data").tokenizer
+def test_a_stop_text_ends_a_sample(tok, demo, monkeypatch):
     model = Scripted(byte_ids(tok, "是一门学科。它很古老。".encode()))
     monkeypatch.setattr(sample, "load", lambda cfg: (model, tok))
     words = ("--start=它", "--stop=很远|它很|。它")  # the second would end it later

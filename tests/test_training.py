@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,10 @@ from conftest import ROOT
 import pretrain
 import sample
 import sft
-from config import configure
+from config import UserError, configure
 from data.batches import TextData
 from data.bins import Bins
+from engine.rundir import restore_model
 from gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)
@@ -40,6 +42,9 @@ class GivenData:
 
     def n_trained(self, step):
         return sum(int((targets >= 0).sum()) for _, targets, _ in self.micros)
+
+    def tokens_read(self, steps):
+        return steps * sum(ids.numel() for ids, _, _ in self.micros)
 
     def val_batches(self):
         return iter(self.val)
@@ -198,6 +203,20 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch(tmp_path):
         assert not any(torch.equal(a, b) for b in every[:i])
 
 
+def test_every_way_to_a_model_takes_the_dropout_of_the_settings(untrained, demo, tmp_path):
+    model, tok = untrained
+    model.save_pretrained(tmp_path)
+    tok.save(tmp_path, False)
+    cfg = configure(pretrain.__file__, [*SMALL, "--dropout=0.3"])[0]
+    bins = Bins("demo", demo / "data")
+    new = pretrain.make_model(cfg, bins)
+    checkpoint = dict(model=new.state_dict(), model_config=asdict(new.config) | dict(dropout=0.9))
+    cfg.init_from = str(tmp_path)
+    for made in (new, pretrain.make_model(cfg, bins), sft.make_model(cfg, bins),
+                 restore_model(cfg, checkpoint)):
+        assert {m.p for m in made.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
+
+
 # ---- the optimizers ----
 
 def random_gradients(model, seed, size=1.0):
@@ -273,8 +292,8 @@ def test_an_update_is_as_large_as_the_schedule_has_it_at_its_step(optimizer, tmp
 
 
 @each_optimizer
-@pytest.mark.parametrize("limit, norm, want", [(1.0, 5.0, 1.0), (1.0, 0.5, 0.5), (0.0, 5.0, 5.0)])
-def test_a_gradient_longer_than_grad_clip_is_shortened_to_it(optimizer, limit, norm, want, tmp_path):
+@pytest.mark.parametrize("limit, norm, left", [(1.0, 5.0, 1.0), (1.0, 0.5, 0.5), (0.0, 5.0, 5.0)])
+def test_a_gradient_longer_than_grad_clip_is_shortened(optimizer, limit, norm, left, tmp_path):
     trainer = make_trainer(tmp_path, GivenData([]), f"--grad_clip={limit}",
                            f"--optimizer={optimizer}")
     params = list(trainer.model.parameters())
@@ -288,7 +307,7 @@ def test_a_gradient_longer_than_grad_clip_is_shortened_to_it(optimizer, limit, n
             {id(p): p.grad.clone() for group in opt.param_groups for p in group["params"]}))
     assert trainer.update().item() == pytest.approx(norm, rel=1e-5)
     for p, g in zip(params, before):
-        torch.testing.assert_close(seen[id(p)], g * (want / norm), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(seen[id(p)], g * (left / norm), rtol=1e-4, atol=1e-9)
 
 
 @each_optimizer
@@ -332,6 +351,7 @@ def rows_read(data, n):
             assert ids.shape == (2, 8) and torch.equal(targets, ids + 1) and doc_ids is None
             rows += ids
         assert data.n_trained(step) == sum(targets.numel() for _, targets, _ in batches)
+        assert data.tokens_read(step + 1) == 8 * len(rows)
     return torch.stack(rows[:n])
 
 
@@ -427,6 +447,27 @@ def test_best_on_disk_is_never_replaced_by_a_worse_model(demo, tmp_path):
         worse.evaluate()
         assert worse.scores["val_loss"] > worse.best
         assert {f.name: f.read_bytes() for f in (tmp_path / "best").iterdir()} == best
+
+
+@pytest.mark.parametrize("losses, norm, said", [
+    ([4.0, 2.0, 3.0], 1.0, None), ([4.0, math.nan, 3.0], 1.0, "step 9 went wrong: loss nan"),
+    ([4.0, 2.0, 90.0], 1.0, "step 10 went wrong: loss 90, gradient norm at step 10 1;"),
+    ([4.0, 2.0, 3.0], math.inf, "step 10 went wrong: loss 3, gradient norm at step 10 inf;"),
+    ([9.7, 9.7, 9.7], 1.0, None), ([9.8, 9.6, 9.8], 1.0, "step 8 went wrong")])  # 2 ln 128 = 9.70
+def test_the_mean_loss_is_logged_or_the_run_ends(losses, norm, said, tmp_path):
+    trainer = make_trainer(tmp_path, GivenData([]))
+    trainer.data.where = lambda step: f"row {step}"
+    trainer.losses, trainer.norm = [torch.tensor(x) for x in losses], torch.tensor(norm)
+    trainer.step = 10  # the losses are of steps 8, 9 and 10
+    if said is None:
+        assert trainer.mean_loss() == pytest.approx(sum(losses) / 3)
+        return
+    with pytest.raises(UserError, match=said) as error:
+        trainer.mean_loss()
+    assert f"it read row {int(said.split()[1]) - 1}." in str(error.value)
+    trainer.scaler = torch.amp.GradScaler("cpu")  # float16 has skipped a step with such a norm
+    if norm == math.inf:
+        trainer.mean_loss()
 
 
 # ---- seeds of sampling ----
