@@ -36,7 +36,7 @@ minutes = 8.0         # for all parts together; what does not fit is skipped
 dataset = ""          # set of the part pretrain: a folder in data/ or bench_data/data/; "" = the
 #                       first text set in bench_data/data/, else the demo
 out = "out/bench_gpu.json"  # results; the run of the part pretrain goes to out/bench_gpu/
-# ---- machine ----
+# ---- device ----
 device = "auto"
 dtype = "auto"        # ours, and nanoGPT's on a GPU: on a CPU it knows float32 only
 compile = False       # gpu: always on a GPU
@@ -60,11 +60,12 @@ from types import SimpleNamespace
 
 import torch
 
-from config import UserError, configure, run_main
-from data.files import write_file
-from engine.contenders import make_trainer, our_model, our_optimizers, serve, train_step
-from engine.machine import choose_device, wait_for
-from engine.numerics import numeric_checks
+from benchmarks.contenders import make_trainer, our_model, our_optimizers, serve, train_step
+from benchmarks.numerics import numeric_checks
+from common.command_line import UserError, run_main
+from common.device import choose_device, synchronize
+from common.files import write_file
+from common.settings import configure
 
 ROOT = Path(__file__).parent
 OTHERS = {"train": ("nanoGPT",), "sample": ("nanoGPT", "transformers"),
@@ -425,7 +426,7 @@ def print_profile(cfg):
     with profiler(activities=activities) as result:
         for _ in range(cfg.steps):
             train_step(model, optimizers, ids, dtype)
-        wait_for(device)
+        synchronize(device)
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = sorted(result.key_averages(), key=lambda row: -getattr(row, key))
     total = sum(getattr(row, key) for row in rows)

@@ -1,36 +1,38 @@
-"""How good a model is: bits per byte, Chinese multiple choice, and how much of it is recital.
+"""Evaluate a model: bits per byte, Chinese multiple choice, memorisation of the training text.
 
     python eval.py bpb demo            # of a prepared set's val split, or of a text file
     python eval.py choice cmmlu/test   # .csv or .jsonl tables of questions; a file is a subject
-    python eval.py cloze demo          # title -> which of four first sentences, all held out
-    python eval.py overlap demo        # the longest passage of its samples that it has read
+    python eval.py cloze demo          # which of four first sentences follows a held-out title?
+    python eval.py overlap demo        # how much of the model's samples is copied from the set
 
 --model= names any model folder or hub id: ours, or Hugging Face's GPT-2 and Qwen3.
 """
-# ---- what ----
+# ---- model ----
 model = ""             # folder or hub id; "" = the newest base run under out/
-block_size = 4096      # longest context in tokens; the model's own where that is shorter
-batch_size = 8         # rows read at once
+block_size = 4096      # context in tokens; the model's own where that is shorter
+batch_size = 8         # rows per forward pass
 # ---- bpb ----
-stride = 0             # tokens from window to window; 0 = side by side, as in training. Less than
-#                        the context makes them overlap: more to go by for each token, but slower
+stride = 0             # tokens from one window to the next; 0 = the context, as in training. With
+#                        less, windows overlap: each token has more context, but it takes longer
 # ---- choice ----
-description = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。"  # leads each question
-subjects = ""          # JSON file {file's name: subject}; C-Eval's subject_mapping.json will do
+description = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。"  # begins each prompt
+subjects = ""          # JSON file {file's name: subject}, such as C-Eval's subject_mapping.json
 endoftext = False      # begin with <|endoftext|>, as our documents do; lm-eval does not
 # ---- cloze, overlap ----
-seed = 1337            # draws the wrong sentences; sample i has seed + i
+seed = 1337            # cloze: chooses the wrong sentences; overlap: sample i has the seed seed + i
 # ---- overlap ----
 num_samples = 20
-max_new_tokens = 256   # of each
-starts = ""            # texts to continue, "|" between them: each sample takes the next
-temperature = 0.7      # 0 = always the likeliest; this and the next as in training's samples
-top_k = 50             # choose among so many of the likeliest; 0 = all
-top_p = 0.9            # choose among the likeliest that make up this mass; 1 = all
-repetition_penalty = 1.2  # above 1 discourages what was said already
-# ---- machine ----
+max_new_tokens = 256   # of each sample
+starts = ""            # texts to continue, "|" between them: each sample takes the next one
+temperature = 0.7      # 0 = always the most likely token
+top_k = 50             # sample among the k most likely tokens; 0 = all
+top_p = 0.9            # sample among the most likely tokens with this total probability; 1 = all
+min_p = 0.0            # drop tokens below this share of the highest probability; 0 = none
+repetition_penalty = 1.2  # above 1 makes tokens that occurred already less likely; 1 = off
+stop = ""              # end before any of these texts, "|" between them
+# ---- device ----
 device = "auto"        # cuda, mps, cpu
-dtype = "auto"         # to compute in: float32, bfloat16, float16; auto as training does
+dtype = "auto"         # to compute in: float32, bfloat16, float16; auto: as in training
 
 import re
 from collections import Counter
@@ -39,50 +41,51 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, configure, newest_model, run_main
-from data.bins import Bins
-from data.files import MARK, Dropped, find_files, read_each, suffix
-from data.questions import answers, letters, read_questions, sentences, title_questions
-from data.records import RECORDS
-from data.sources import read_text
-from engine.machine import choose_device, choose_dtype
-from engine.rundir import RANGES, check_range, load_model
-from engine.score import bits_per_byte, choose, standard_error
-from sample import continue_starts
+from common.command_line import UserError, run_main
+from common.device import choose_device, choose_dtype
+from common.settings import check_ranges, configure
+from corpus.files import UNDECODABLE, Dropped, find_files, read_each, suffix
+from corpus.records import RECORDS
+from corpus.sources import read_text
+from evaluation.likelihood import bits_per_byte, choose, standard_error
+from evaluation.questions import PROMPTS, read_questions, title_questions
+from models.folders import RANGES, find_model, load_model
+from sampling.text import continue_texts
+from tokens.bins import Bins, set_folder
 
 NUMBERS = RANGES | dict(block_size=(2, 2**40), batch_size=(1, 2**40), stride=(0, 2**40),
                         seed=(0, 2**62), num_samples=(1, 2**40), max_new_tokens=(1, 2**40))
 
 
 @contextmanager
-def loaded(cfg):
-    """(model, its tokenizer), computing inside as training's evaluations do."""
-    path = cfg.model or newest_model("base")
-    if not path:
-        raise UserError("no base model under out/ yet. Run: python pretrain.py config/demo.py, "
-                        "or name one: --model=FOLDER_OR_HUB_ID")
-    model, tok = load_model(Path(path).as_posix(), block_size=cfg.block_size)
+def load(cfg):
+    """Provide (model, its tokenizer); inside, the model computes as in training's evaluations."""
+    path = find_model(cfg.model, "base")
+    model, tok = load_model(path, block_size=cfg.block_size)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device.type)
-    print(f"[{Path(path).as_posix()}, {device}, {str(dtype)[6:]}]")
+    print(f"[{path}, {device}, {str(dtype)[6:]}]")
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         yield model.to(device).eval(), tok
 
 
-def documents(bins, split):
-    """(text, ids) of each document of a prepared set; the ids end with <|endoftext|>."""
+def read_documents(bins, split):
+    """Yield (text, ids) of each document of a prepared set; the ids end with <|endoftext|>."""
     tokens, starts = bins.tokens(split), bins.starts(split)
     for first, end in zip(starts, starts[1:]):
-        yield bins.tokenizer.visible(tokens[first:end]).decode(errors="replace"), tokens[first:end]
+        ids = tokens[first:end]
+        yield bins.tokenizer.plain_text(ids).decode(errors="replace"), ids
 
 
-def one_word(words, what):
-    if len(words) != 1 or not words[0].strip():
-        raise UserError(f"name one {what}; this is: {' '.join(words) or 'none'}")
-    return words[0]
+def single_argument(arguments, what):
+    """Return the only one of arguments; UserError(what to name) if there is not exactly one."""
+    if len(arguments) != 1 or not arguments[0].strip():
+        raise UserError(f"name one {what}, not: {' '.join(arguments) or 'nothing'}")
+    return arguments[0]
 
 
 def print_skipped(reasons):
+    """Print each reason with its number."""
     for reason, n in reasons.items():
         print(f"skipped {n:,}: {reason}")
 
@@ -90,36 +93,40 @@ def print_skipped(reasons):
 # ---- bits per byte ----
 
 def texts_to_score(name, tok, dropped):
-    """(text, ids) of each document of a set's val split or of files; dropped counts the others.
+    """Yield (text, ids) of each document of a set's val split, or of a file or folder.
 
-    A .jsonl (.csv ...) file has a document a record, as prepare.py text reads it; others are one,
-    or where they are over 4 million characters long several.
+    Files are read as prepare.py text reads them: each record of a .jsonl (.csv ...) file is a
+    document, any other file is one (several, if it has over 4 million characters). dropped, a
+    Counter, gets the reasons of documents that are dropped.
     """
-    if (Path("data") / name.removeprefix("data/") / "meta.json").is_file():
+    if (set_folder(name) / "meta.json").is_file():
         bins = Bins(name)
         if bins.kind != "text":
             raise UserError(f"{bins.folder} holds dialogues; bits per byte are for texts")
-        own = bins.tokenizer.fingerprint == tok.fingerprint
-        for text, ids in documents(bins, "val"):
-            yield text, ids if own else [*tok.encode(text), tok.eot]
+        same_tokenizer = bins.tokenizer.fingerprint == tok.fingerprint
+        for text, ids in read_documents(bins, "val"):
+            yield text, ids if same_tokenizer else [*tok.encode(text), tok.eot]
         return
     if not Path(name).exists():
         raise UserError(f"{name} is neither a prepared set under data/ nor a file")
     endings = (*RECORDS, ".txt", ".md")
-    for doc in read_each(find_files([name], lambda file: suffix(file) in endings, endings),
-                         lambda file: suffix(file) in endings, read_text):
+
+    def is_text(file):
+        return suffix(file) in endings
+
+    for doc in read_each(find_files([name], is_text, endings), is_text, read_text):
         if isinstance(doc, Dropped):
             dropped[f"{doc.reason} ({doc.where})"] += 1
-        elif MARK in doc or not doc:
-            dropped["empty" if not doc else "bytes that are no text"] += 1
+        elif UNDECODABLE in doc or not doc:
+            dropped["not text" if doc else "empty"] += 1
         else:
             yield doc, [*tok.encode(doc), tok.eot]
 
 
-def bpb(cfg, words):
+def bpb(cfg, arguments):
     """Print the bits per byte of one set or file."""
-    name, dropped = one_word(words, "prepared set or text file"), Counter()
-    with loaded(cfg) as (model, tok):
+    name, dropped = single_argument(arguments, "prepared set or text file"), Counter()
+    with load(cfg) as (model, tok):
         context = model.config.block_size
         if cfg.stride > context:
             raise UserError(f"stride={cfg.stride} is more than the context, {context} tokens")
@@ -134,52 +141,58 @@ def bpb(cfg, words):
 
 # ---- multiple choice ----
 
-def choice(cfg, words):
-    """Ask the questions in tables both by letter and by the answer's own words."""
-    if not words:
+def choice(cfg, arguments):
+    """Print how many questions of tables are answered correctly, in two prompt formats."""
+    if not arguments:
         raise UserError("name files or folders with questions: python eval.py choice FILES...")
-    subjects = read_questions(words, cfg.description, cfg.subjects)
-    with loaded(cfg) as (model, tok):
+    subjects = read_questions(arguments, cfg.description, cfg.subjects)
+    with load(cfg) as (model, tok):
         begin = [tok.eot] if cfg.endoftext else []
-        print_scores(model, tok, subjects, (letters, answers), begin, cfg)
+        print_accuracy(model, tok, subjects, ("letters", "answers"), begin, cfg.batch_size)
 
 
-def cloze(cfg, words):
-    """Ask which of four first sentences stands under a title, all from a set's val split."""
-    bins = Bins(one_word(words or ["demo"], "prepared set"))
-    made = title_questions((text for text, _ in documents(bins, "val")), cfg.seed)
-    with loaded(cfg) as (model, tok):
-        print_scores(model, tok, {bins.folder: made}, (sentences,), [tok.eot], cfg)
+def cloze(cfg, arguments):
+    """Print how often the model finds the first sentence of a held-out title among four."""
+    bins = Bins(single_argument(arguments or ["demo"], "prepared set"))
+    questions = title_questions((text for text, _ in read_documents(bins, "val")), cfg.seed)
+    with load(cfg) as (model, tok):
+        subjects = {bins.folder: questions}
+        print_accuracy(model, tok, subjects, ("sentences",), [tok.eot], cfg.batch_size)
 
 
-def print_scores(model, tok, subjects, ways, begin, cfg):
-    """Score and print. subjects: {name: (Questions, Counter of the rows that are none)}."""
-    print("  read  scored  chance", *(f"{way.__name__:>9} ±  error" for way in ways), " subject")
-    all_marks, means, n_read = [], [], 0
-    for name, (questions, skipped) in subjects.items():
-        marks = [[1 / len(q.options) for q in questions]]
-        for way in ways:
-            asked = [way(q) for q in questions]
-            chosen, n_cut = choose(model, tok, asked, begin, cfg.batch_size)
-            marks.append([n == q.answer for n, q in zip(chosen, questions)])
+def print_accuracy(model, tok, subjects, formats, begin, batch_size):
+    """Print a table of accuracies: a line for each subject, and their means.
+
+    subjects: {name: (Questions, Counter of skipped rows)}; formats: keys of PROMPTS; begin: ids
+    before each prompt.
+    """
+    print("  read  scored  chance", *(f"{name:>9} ±  error" for name in formats), " subject")
+    all_results, subject_means, n_read = [], [], 0
+    for subject, (questions, skipped) in subjects.items():
+        columns = [[1 / len(q.options) for q in questions]]
+        for name in formats:
+            prompts = map(PROMPTS[name], questions)
+            chosen, n_cut = choose(model, tok, prompts, begin, batch_size)
+            columns.append([n == q.answer for n, q in zip(chosen, questions)])
             if n_cut:
-                print(f"{name}: {n_cut:,} prompts ({way.__name__}) are longer than the context of "
+                print(f"{subject}: {n_cut:,} prompts ({name}) are longer than the context of "
                       f"{model.config.block_size:,} tokens; their beginning was cut off")
-        marks = list(zip(*marks))
-        n_read, all_marks = n_read + len(marks) + skipped.total(), all_marks + marks
-        if marks:
-            means.append(print_line(name, len(marks) + skipped.total(), marks))
+        results = list(zip(*columns))  # of each question: (chance, correct in each format)
+        n_rows = len(results) + skipped.total()
+        n_read, all_results = n_read + n_rows, all_results + results
+        if results:
+            subject_means.append(print_line(subject, n_rows, results))
         print_skipped(skipped)
-    if len(means) > 1:
-        print_line("all questions", n_read, all_marks)
-        shares = (f"{sum(column) / len(means):9.2%}" + " " * 9 for column in list(zip(*means))[1:])
-        print(" " * 22, *shares, f" mean of {len(means)} subjects")
+    if len(subject_means) > 1:
+        print_line("all questions", n_read, all_results)
+        means = [sum(column) / len(subject_means) for column in zip(*subject_means)]
+        print(" " * 22, *(f"{mean:9.2%}" + " " * 9 for mean in means[1:]),
+              f" mean of {len(subject_means)} subjects")
 
 
-def print_line(name, n_read, marks):
-    """A line of the table -> the means in it. marks: of each scored question its chance, and
-    whether each way was right."""
-    n, means = len(marks), [sum(column) / len(marks) for column in zip(*marks)]
+def print_line(name, n_read, results):
+    """Print a line of the table; return the mean of each column of results."""
+    n, means = len(results), [sum(column) / len(results) for column in zip(*results)]
     shown = [f"{p:9.2%} ± {standard_error(p, n):6.2%}" for p in means[1:]]
     print(f"{n_read:6,} {n:7,} {means[0]:7.2%}", *shown, f" {name}")
     return means
@@ -188,59 +201,58 @@ def print_line(name, n_read, marks):
 # ---- memorisation ----
 
 def ngrams(text, n):
+    """Return the set of all substrings of n characters."""
     return {text[i:i + n] for i in range(len(text) - n + 1)}
 
 
 def overlap_with(docs, texts):
-    """(longest passage that one of docs shares with one of texts, share of the texts' 4-grams of
-    Han characters that stand in docs, number of those 4-grams).
+    """Return (longest passage that a text shares with a document, share of the texts' 4-grams of
+    Han characters that occur in the documents, number of those 4-grams).
 
-    Exact, in one pass: while a document shares anything longer than the best so far, look for that.
+    It is exact and reads docs once: a document is searched for passages that are longer than the
+    longest one so far, by one character more each time.
     """
     han = [run[i:i + 4] for text in texts for run in re.findall("[\u4e00-\u9fff]{4,}", text)
            for i in range(len(run) - 3)]
     wanted, found, passage = set(han), set(), ""
-    longer = set().union(*(ngrams(text, 1) for text in texts))
+    longer = set().union(*(ngrams(text, 1) for text in texts))  # what would be a longer passage
     for doc in docs:
         found |= wanted & ngrams(doc, 4)
         while shared := longer & ngrams(doc, len(passage) + 1):
-            passage = min(shared)  # any of them; the same in every run
+            passage = min(shared)  # min: the same one in every run
             longer = set().union(*(ngrams(text, len(passage) + 1) for text in texts))
     return passage, sum(gram in found for gram in han) / max(1, len(han)), len(han)
 
 
-def overlap(cfg, words):
-    """Print how much of the model's samples, and of held-out text, a set's train split holds."""
-    bins = Bins(one_word(words, "prepared set"))
-    with loaded(cfg) as (model, tok):
-        samples = [text for _, text in continue_starts(model, tok, cfg.starts.split("|"), cfg)]
-    left, held_out = sum(map(len, samples)), []
-    for text, _ in documents(bins, "val"):  # as much of it, to compare with
-        held_out.append(text[:left])
-        left -= len(held_out[-1])
-        if not left:
+def overlap(cfg, arguments):
+    """Print how much of the model's samples, and of held-out text, occurs in the train split."""
+    bins = Bins(single_argument(arguments, "prepared set"))
+    with load(cfg) as (model, tok):
+        samples = [text for _, text in continue_texts(model, tok, cfg.starts.split("|"), cfg)]
+    n_left, held_out = sum(map(len, samples)), []
+    for text, _ in read_documents(bins, "val"):  # as many characters, to compare with
+        held_out.append(text[:n_left])
+        n_left -= len(held_out[-1])
+        if not n_left:
             break
     for name, texts in ((f"{len(samples)} samples", samples), ("held-out text", held_out)):
-        docs = (text for text, _ in documents(bins, "train"))
+        docs = (text for text, _ in read_documents(bins, "train"))
         passage, share, n = overlap_with(docs, texts)
         print(f"{name}, {sum(map(len, texts)):,} characters: {share:.1%} of {n:,} Han 4-grams "
-              f"stand in what {bins.folder} trains on\n  longest passage that does, "
+              f"occur in the train split of {bins.folder}\n  longest passage that occurs there, "
               f"{len(passage):,} characters: {passage!r}")
 
-
-# ---- starting ----
 
 TASKS = dict(bpb=bpb, choice=choice, cloze=cloze, overlap=overlap)
 
 
 def main():
-    cfg, words = configure(__file__, files=False)
-    if not words or words[0] not in TASKS:
-        raise UserError(f"say what to measure: {', '.join(TASKS)} (--help tells how)")
-    cfg.min_p, cfg.stop = 0.0, ""  # which sample.py has beside those above
-    for name, (low, high) in NUMBERS.items():
-        check_range(name, getattr(cfg, name), low, high)
-    TASKS[words[0]](cfg, words[1:])
+    """Run the task that the command line names."""
+    cfg, arguments = configure(__file__, files=False)
+    if not arguments or arguments[0] not in TASKS:
+        raise UserError(f"name a task: {', '.join(TASKS)} (--help explains them)")
+    check_ranges(cfg, NUMBERS)
+    TASKS[arguments[0]](cfg, arguments[1:])
 
 
 if __name__ == "__main__":

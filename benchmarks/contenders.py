@@ -17,11 +17,13 @@ from types import SimpleNamespace
 
 import torch
 
-from config import UserError, is_out_of_memory
-from engine.machine import (
-    choose_device, choose_dtype, parallelize, peak_flops, peak_memory, wait_for)
-from engine.numerics import numeric_checks
+from benchmarks.numerics import numeric_checks
+from common.command_line import UserError, is_out_of_memory
+from common.device import choose_device, choose_dtype, peak_flops, peak_memory, synchronize
 from gpt import GPT, GPTConfig
+from models.hf import save_pretrained
+from training.distributed import Context, wrap_model
+from training.optim import configure_optimizers
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +59,7 @@ def our_model(cfg):
 
 
 def our_optimizers(model, optimizer):
-    return model.configure_optimizers(optimizer, 6e-4, 2e-3, 0.1, (0.9, 0.95))
+    return configure_optimizers(model, optimizer, 6e-4, 2e-3, 0.1, (0.9, 0.95))
 
 
 def make_trainer(name, cfg, device):
@@ -82,8 +84,8 @@ def shard_alone(model, device, dtype):
         os.environ.setdefault(variable, "lo")  # there may be no network
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
                             store=dist.TCPStore("127.0.0.1", 0, 1, is_master=True))
-    # parallelize() returns the model as it is when world is 1
-    return parallelize(model, SimpleNamespace(world=2, fsdp=True, device=device, dtype=dtype))
+    # wrap_model returns the model as it is when world_size is 1
+    return wrap_model(model, Context(device, dtype, world_size=2, fsdp=True))
 
 
 def train_step(model, optimizers, ids, dtype):
@@ -110,11 +112,11 @@ def training(name, cfg):
     def run(rows, n):
         """(seconds of n steps, loss of the last)."""
         ids = torch.randint(cfg.vocab_size, (rows, cfg.block_size + 1), device=device)
-        wait_for(device)
+        synchronize(device)
         began = time.perf_counter()
         for _ in range(n):
             loss = train_step(model, optimizers, ids, dtype)
-        wait_for(device)
+        synchronize(device)
         return time.perf_counter() - began, loss.item()
 
     facts, best, warm = dict(dtype=str(dtype)[6:]), cfg.batch_size, set()
@@ -129,7 +131,7 @@ def training(name, cfg):
         dynamo.automatic_dynamic_shapes = False  # each batch size is compiled apart
         model.compile() if name == "nanoGPT" else model.compile_parts()
     flops = our_model_flops(cfg)
-    peak = peak_flops(SimpleNamespace(device=device, dtype=dtype, world=1))
+    peak = peak_flops(device, dtype)
 
     def turn(batch_size):
         rows = batch_size or best
@@ -205,7 +207,7 @@ def sampling(name, cfg):
     else:
         from transformers import AutoModelForCausalLM
         with tempfile.TemporaryDirectory() as folder:
-            our_model(cfg).save_pretrained(folder)
+            save_pretrained(our_model(cfg), folder)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         draw = lambda ids: model.generate(ids, min_new_tokens=n, max_new_tokens=n, do_sample=True,
                                           pad_token_id=0, **how)
@@ -219,7 +221,7 @@ def sampling(name, cfg):
         reset_peak(device)
         began = time.perf_counter()
         draw(ids)
-        wait_for(device)
+        synchronize(device)
         return dict(rate=n * batch_size / (time.perf_counter() - began), unit="tokens/s",
                     memory=peak_memory(device), batch=batch_size)
 
@@ -260,7 +262,8 @@ def prepare_hf(file, tok):
 def prepare_nanogpt(file, tok):
     import datasets
     import numpy as np
-    from data.tokenizer import load_tokenizer
+
+    from tokens.tokenizer import load_tokenizer
     tok = load_tokenizer(tok)
     datasets.disable_progress_bars()
     texts = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir="cache")

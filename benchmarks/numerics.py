@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig, linear_cross_entropy
+from training.optim import configure_optimizers
 
 ROWS, T, VOCAB = 4, 64, 512
 # Limits: a bfloat16 number is rounded by up to 2^-9 = 0.002 of itself, some ten times in a row.
@@ -105,8 +106,8 @@ class Run:
 
     def __init__(self, arch, device, dtype=torch.float32):
         self.model, self.device, self.dtype = make_model(arch, device), device, dtype
-        self.optimizers = self.model.configure_optimizers(
-            "muon" if arch == "qwen3" else "adamw", 3e-3, 3e-3, 0.1, (0.9, 0.95))
+        self.optimizers = configure_optimizers(
+            self.model, "muon" if arch == "qwen3" else "adamw", 3e-3, 3e-3, 0.1, (0.9, 0.95))
 
     def train(self, first, last):
         """Do steps first to last - 1 on one batch; return their losses."""

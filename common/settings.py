@@ -2,87 +2,22 @@
 
     cfg, words = configure(__file__)
 
-reads the commented block of assignments at the top of that script, so the block IS the interface:
-its names, defaults, types and, for --help, its comments.
+reads the commented block of assignments at the top of the script. That block is its interface: it
+gives the names, the defaults, the types and, for --help, the comments.
 """
 import ast
 import difflib
-import errno
-import json
-import os
 import runpy
 import sys
 import types
 from pathlib import Path
 
-
-class UserError(Exception):
-    """Something the person at the keyboard can put right; run_main prints it as one line."""
-
-
-def run_main(main, script):
-    """Call main(); a UserError becomes `script: message` and exit code 2, Ctrl-C becomes 130."""
-    name = Path(script).name
-    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, stream) is None:  # closed by the shell: `>&-`
-            setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
-    # stdin: else the locale decides whether bad bytes are seen; a Windows console may not know
-    # every character; a notebook's streams have no encoding to set
-    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
-    try:
-        main()
-    except UserError as e:
-        sys.exit(_fail(name, e, 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail(name, "interrupted", 130))
-    except BrokenPipeError:  # `python sample.py | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as e:
-        if e.errno is None:
-            raise
-        where = f"{e.filename}: " if e.filename else ""
-        advice = ". Free some space and start again" if e.errno == errno.ENOSPC else ""
-        sys.exit(_fail(name, f"{where}{e.strerror}{advice}", 2))
-    except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
-            raise
-        sys.exit(_fail(name, "out of memory; something smaller is needed", 2))
-
-
-def is_out_of_memory(error):
-    """Whether numpy, torch or one of its devices could not get the memory it asked for."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def _fail(name, message, code):
-    print(f"{name}: {' '.join(str(message).splitlines())}", file=sys.stderr)
-    return code
-
-
-def newest_model(kind="", root="out"):
-    """Folder of the newest run under out/ that has a model, best/ before final/; None if none has.
-
-    kind: "base" or "chat" looks only for such runs.
-    """
-    runs = []
-    for file in Path(root).glob("**/run.json"):
-        try:
-            run = json.loads(file.read_text(encoding="utf-8"))
-            models = [file.parent / m for m in ("best", "final")]
-            models = [m for m in models if (m / "config.json").is_file()]
-            if models and (not kind or run["kind"] == kind):
-                runs.append((max((m / "config.json").stat().st_mtime for m in models), models[0]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # half a run is no run
-    return max(runs)[1] if runs else None
+from common.command_line import UserError
 
 
 def read_settings(script):
-    """A script's block, up to its first import: {name: (default, comment, section)} in order."""
+    """Return a script's settings, which stand before its first import, in order:
+    {name: (default, comment, section)}."""
     source = Path(script).read_text(encoding="utf-8")
     lines, settings = source.splitlines(), {}
     for node in ast.parse(source).body:
@@ -91,9 +26,9 @@ def read_settings(script):
         if isinstance(node, ast.Assign):
             above = reversed(lines[:node.lineno])
             section = next((line.strip("#- ") for line in above if line.startswith("# ----")), "")
-            value = eval(compile(ast.Expression(node.value), script, "eval"), {"__builtins__": {}})
+            value = ast.literal_eval(node.value)
             comment = lines[node.end_lineno - 1].partition("  # ")[2]
-            for line in lines[node.end_lineno:]:  # a comment may go on below
+            for line in lines[node.end_lineno:]:  # a comment may continue below
                 if not line.startswith("#  "):
                     break
                 comment += " " + line.strip("# ")
@@ -102,14 +37,13 @@ def read_settings(script):
 
 
 def configure(script, argv=None, base=None, fixed=(), files=True):
-    """Settings of `script` on top of those of `base` -> (namespace, the other words of argv).
+    """Return (namespace of the settings, the other words of argv).
 
-    fixed: names of `base` that are no settings here, since a trained model decides them.
-
-    Order: the blocks, the config files among argv (words ending in .py; with files=False none are
-    looked for), then --name=value. --help prints every setting with these values and exits.
+    The defaults of `script` override those of `base`; config files among argv (words ending in .py;
+    none with files=False) override these, then --name=value. --help prints every setting and exits.
+    fixed: names of `base` that can't be set here, because a trained model decides them.
     """
-    if argv is None:  # in a notebook, sys.argv holds the words of its kernel
+    if argv is None:  # in a notebook, sys.argv holds the arguments of its kernel
         argv = [] if Path(sys.argv[0]).stem == "ipykernel_launcher" else sys.argv[1:]
     settings = read_settings(base) if base else {}
     settings |= read_settings(script)
@@ -136,7 +70,7 @@ def _apply_file(cfg, fixed, path):
         raise UserError(f"no config file {path}")
     try:
         values = runpy.run_path(path)
-    except (Exception, SystemExit) as e:  # the user's own code: what it raises is theirs to mend
+    except (Exception, SystemExit) as e:  # the config file is the user's code
         raise UserError(f"{path}: {type(e).__name__}: {e}") from e
     for name, value in values.items():
         if name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
@@ -182,11 +116,24 @@ def _parse(name, text, default):
 
 
 def _print_help(script, settings, cfg):
-    doc = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
-    print(doc + "\n\nSettings, as --name=value:")
+    doc = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")), clean=False)
+    print(doc.rstrip() + "\n\nSettings, as --name=value:")
     last = None
     for name, (_, comment, section) in settings.items():
         if section != last:
             print(f"\n{section}")
             last = section
         print(f"  --{name}={cfg[name]}".ljust(40) + f"  {comment}")
+
+
+def check_range(name, value, low, high, where=""):
+    """Raise a UserError unless low <= value <= high."""
+    if not low <= value <= high:  # also refuses nan
+        raise UserError(f"{where}{name}={value} is not from {low:,} to {high:,}")
+
+
+def check_ranges(cfg, ranges):
+    """Check every setting that is in ranges, {name: (low, high)}."""
+    for name, (low, high) in ranges.items():
+        if hasattr(cfg, name):
+            check_range(name, getattr(cfg, name), low, high)

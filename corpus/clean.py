@@ -1,6 +1,6 @@
-"""Cleaning: what of a document is kept, and why the rest is not.
+"""Cleaning of documents: normalise, remove boilerplate, decide whether to keep.
 
-    doc, reason, trimmed = clean_document(doc, Rules(min_chars=10))   # reason "" where it is kept
+    doc, reason, trimmed = clean_document(doc, Rules(min_chars=10))   # reason "" = keep it
 """
 import re
 import unicodedata
@@ -9,21 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import UserError
-from data.files import MARK
-from data.sources import WikiPage
+from common.command_line import UserError
+from corpus.files import UNDECODABLE
+from corpus.sources import WikiPage
 
-# control characters, marks of byte and writing order, soft hyphens, halves of characters
+# control characters, byte order and direction marks, soft hyphens, surrogates
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f"
                      "\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff\ud800-\udfff]")
-LONG_BLANK = re.compile(r"[^\S\n]{101,}")  # a million of them is more than tiktoken bears
+LONG_BLANK = re.compile(r"[^\S\n]{101,}")  # tiktoken overflows its stack on a million
 MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.combining(c))
-MANY_MARKS = re.compile(f"(?<=[{MARKS}])[{MARKS}]{{30,}}")  # NFC takes the square of their number
-IS_MARK = np.zeros(2**16, dtype=bool)  # by UTF-16 code, the first of two where it takes two
+MANY_MARKS = re.compile(f"(?<=[{MARKS}])[{MARKS}]{{30,}}")  # NFC takes quadratic time in them
+IS_MARK = np.zeros(2**16, dtype=bool)  # by UTF-16 code unit; of a surrogate pair the first unit
 IS_MARK[np.frombuffer(MARKS.encode("utf-16-le"), dtype="<u2")] = True
 IS_MARK[0xDC00:0xE000] = False
 NEWLINES = ("\r\n", "\r", "\x85", "\u2028", "\u2029")
-# lines of web pages that are no part of their text, looked at only where a hint stands in it
+# Lines of web pages that do not belong to the text. The slow BOILERPLATE runs only on lines with
+# one of the HINTS.
 HINTS = ("编辑", "责编", "来源", "原标题", "相关", "分享到", "一篇", "一页", "版权所有", "转载", "ICP备",
          "返回", "打印本页", "关闭窗口", "加入收藏", "ights reserved", "opyright", "©", "点击")
 BOILERPLATE = re.compile(
@@ -33,20 +34,20 @@ BOILERPLATE = re.compile(
     r"|.*(?:未经.{2,12}(?:不得|禁止|严禁|谢绝)转载|转载(?:请|须|时请)?(?:务必)?注明).*"
     r"|[【\[(（]?(?:返回(?:首页|顶部|列表|目录)|打印本页|关闭窗口|加入收藏|回到顶部|点击(?:查看|进入).{2,12}"
     r")[】\])）>]{0,3}", re.I)
-LONGEST_BOILERPLATE = 80  # characters; longer lines are text that happens to hold such words
+MAX_BOILERPLATE = 80  # characters; a longer line that matches is text
 
 
 @dataclass
 class Rules:
-    """What a document must be to be kept; all but simplify hold for texts, not for dialogues."""
-    min_chars: int = 0        # characters
-    min_chinese: float = 0.0  # share of Han among the characters that are not blank
-    simplify: bool = False    # traditional to simplified characters
+    """Settings of the cleaning. The minima apply to texts, not to dialogues."""
+    min_chars: int = 0        # drop shorter texts
+    min_chinese: float = 0.0  # drop texts with a smaller share of Han characters
+    simplify: bool = False    # convert traditional to simplified characters
 
 
 def clean(text):
-    """NFC, plain newlines, no control characters, no blanks at line ends, no full-width indents,
-    one empty line a gap."""
+    """Return the text in NFC with "\\n" as newline, without control characters, blanks at line
+    ends, full-width indents and more than one empty line in a row."""
     for newline in NEWLINES:
         text = text.replace(newline, "\n")
     text = CONTROL.sub("", text).replace("\xa0", " ")
@@ -59,25 +60,28 @@ def clean(text):
     lines = [LONG_BLANK.sub(lambda m: m[0][:100], line) if len(line) > 1000 else line
              for line in lines]
     text = "\n".join(lines).strip()
-    while "\n\n\n" in text:  # ten times faster than re.sub
+    while "\n\n\n" in text:  # 10 times faster than re.sub
         text = text.replace("\n\n\n", "\n\n")
     return text
 
 
 def cleaned(text, rules):
+    """Return the cleaned text, with simplified characters if the rules say so."""
     return to_simplified(clean(text)) if rules.simplify else clean(text)
 
 
 def clean_document(doc, rules):
-    """A document as a reader yields it -> (str or messages, reason why it is dropped or "",
-    Counter of what was trimmed off it)."""
+    """Return (cleaned document, reason to drop it or "", Counter of what was trimmed).
+
+    doc: a str, WikiPage or dialogue as a reader yields it; a WikiPage becomes a str.
+    """
     if isinstance(doc, list):
         return clean_dialogue(doc, rules)
     trimmed = Counter()
     text = doc.text() if isinstance(doc, WikiPage) else doc
-    if MARK in text:
+    if UNDECODABLE in text:
         lines = text.splitlines()
-        kept = [line for line in lines if MARK not in line]
+        kept = [line for line in lines if UNDECODABLE not in line]
         trimmed["undecodable lines"] = len(lines) - len(kept)
         if 10 * len(kept) < 9 * len(lines):
             return "", "bad encoding", trimmed
@@ -86,7 +90,7 @@ def clean_document(doc, rules):
     hints = [hint for hint in HINTS if hint in text]
     if hints:
         lines = text.split("\n")
-        kept = [line for line in lines if len(line) > LONGEST_BOILERPLATE
+        kept = [line for line in lines if len(line) > MAX_BOILERPLATE
                 or not any(hint in line for hint in hints)
                 or not BOILERPLATE.fullmatch(line.strip())]
         trimmed["boilerplate lines"] = len(lines) - len(kept)
@@ -97,33 +101,37 @@ def clean_document(doc, rules):
 
 
 def clean_dialogue(doc, rules):
-    """Messages up to the last answer before the first empty message."""
-    if any(MARK in m["content"] for m in doc):
+    """Return (messages, reason to drop them or "", Counter of what was trimmed) of a dialogue.
+
+    It is cut at its first empty message, then after its last answer. An empty system message is
+    removed.
+    """
+    if any(UNDECODABLE in m["content"] for m in doc):
         return [], "bad encoding", Counter()
     messages = [dict(role=m["role"], content=cleaned(m["content"], rules)) for m in doc]
     messages = [m for m in messages if m["content"] or m["role"] != "system"]
     n = next((i for i, m in enumerate(messages) if not m["content"]), len(messages))
-    while n and messages[n - 1]["role"] != "assistant":  # nothing after it is trained
+    while n and messages[n - 1]["role"] != "assistant":  # the loss covers nothing after it
         n -= 1
     reason = "" if n else "empty message"
     return messages[:n], reason, Counter({"messages": len(messages) - n})
 
 
 def chinese_share(text):
-    """Share of Han characters among those that are not blank."""
+    """Return the share of Han characters among the characters that are not blank."""
     codes = np.frombuffer(text.encode("utf-16-le"), dtype="<u2")
-    han = np.count_nonzero(codes - np.uint16(0x3400) <= 0x9FFF - 0x3400)  # below it wraps around
-    rare = np.count_nonzero(codes - np.uint16(0xD840) <= 0xD8FF - 0xD840)  # one of a pair each
+    han = np.count_nonzero(codes - np.uint16(0x3400) <= 0x9FFF - 0x3400)  # below: wraps around
+    rare = np.count_nonzero(codes - np.uint16(0xD840) <= 0xD8FF - 0xD840)  # first of a pair
     return (han + rare) / max(1, np.count_nonzero(codes > 32) - rare)
 
 
 def identity(doc):
-    """The string a cleaned document is known by."""
+    """Return the string whose hash identifies a cleaned document."""
     return doc if isinstance(doc, str) else "".join(f"{m['role']}\n{m['content']}\n" for m in doc)
 
 
 def to_simplified(text, converter=[]):
-    """Traditional to simplified characters, word by word where it takes more than one."""
+    """Return the text with simplified characters; OpenCC converts words, not single characters."""
     if not converter:
         try:
             from opencc import OpenCC

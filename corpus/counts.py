@@ -1,55 +1,57 @@
-"""The books of a prepared set: for each source, documents read = written + dropped, always."""
+"""Counts of a prepared set: for each source, documents read = written + dropped."""
 import sys
 import time
 from collections import Counter
 
 from tqdm import tqdm
 
-SHOWN = 5  # dropped documents whose place is printed, by reason
+MAX_MESSAGES = 5  # dropped documents reported one by one, for each reason
 COLUMNS = ("files", "read", "written", "dropped", "characters", "bytes", "tokens")
 
 
-class Receipts:
-    """.sources: {source: its counts}, which meta.json holds too."""
+class Counts:
+    """.sources: {source: its counts}, as in meta.json; sources: [(source, files)]."""
 
-    def __init__(self, jobs):
+    def __init__(self, sources):
         self.sources = {source: dict(
             files=len(files), read=0, written=0, dropped=Counter(), trimmed=Counter(),
-            characters=0, bytes=0, tokens=0, characters_per_token=0.0) for source, files in jobs}
-        self.seconds, self.mark = Counter(), time.time()
+            characters=0, bytes=0, tokens=0, characters_per_token=0.0) for source, files in sources}
+        self.seconds, self.last_time = Counter(), time.time()
 
     def drop(self, source, reason, where=""):
-        """Count a document that is not written; the first places of each reason are printed."""
+        """Count a document that is not written; print where the first of each reason are."""
         counts = self.sources[source]
         counts["read"] += 1
         counts["dropped"][reason] += 1
-        if where and counts["dropped"][reason] <= SHOWN:
+        if where and counts["dropped"][reason] <= MAX_MESSAGES:
             where = "".join(c if c.isprintable() else "?" for c in where)
             tqdm.write(f"prepare.py: {where}; skipped", file=sys.stderr)
 
-    def write(self, source, tokens, characters, n_bytes, trimmed):
+    def write(self, source, doc):
+        """Count a document (tokens.splits.Encoded) that is written."""
         counts = self.sources[source]
-        for key, n in (("read", 1), ("written", 1), ("tokens", tokens), ("characters", characters),
-                       ("bytes", n_bytes)):
-            counts[key] += n
-        counts["trimmed"] += trimmed
+        counts["read"] += 1
+        counts["written"] += 1
+        for key in ("tokens", "characters", "bytes", "trimmed"):
+            counts[key] += getattr(doc, key)
         counts["characters_per_token"] = round(counts["characters"] / counts["tokens"], 4)
 
-    def lap(self, source):
-        """The time since the last call went into this source."""
+    def add_time(self, source):
+        """Add the time since the last call to this source."""
         now = time.time()
-        self.seconds[source] += now - self.mark
-        self.mark = now
+        self.seconds[source] += now - self.last_time
+        self.last_time = now
 
     def speeds(self):
-        """{source: tokens per second}"""
+        """Return {source: tokens per second}."""
         return {s: round(c["tokens"] / max(self.seconds[s], 1e-3)) for s, c in self.sources.items()}
 
     def dropped(self):
-        """Reasons and counts of all sources together."""
+        """Return {reason: documents} over all sources."""
         return sum((c["dropped"] for c in self.sources.values()), Counter())
 
     def print(self, splits):
+        """Print a table of the sources, what was dropped and trimmed, and the splits."""
         rows, speeds = [("source", *COLUMNS, "chars/token", "tokens/s")], self.speeds()
         for source, c in self.sources.items():
             counts = [c[k].total() if k == "dropped" else c[k] for k in COLUMNS]
@@ -58,19 +60,19 @@ class Receipts:
         for source, c in self.sources.items():
             for what in ("dropped", "trimmed"):
                 if +c[what]:
-                    print(f"  {source}: {what} {listed(c[what])}")
+                    print(f"  {source}: {what} {format_counts(c[what])}")
         for split, s in splits.items():
             print(f"  {split}: {s['documents']:,} documents, {s['characters']:,} characters, "
                   f"{s['tokens']:,} tokens")
 
 
-def listed(counts):
-    """"3 empty, 1 not JSON" of a Counter."""
+def format_counts(counts):
+    """Return a Counter as text: "3 empty, 1 not JSON"."""
     return ", ".join(f"{n:,} {key}" for key, n in sorted(counts.items()) if n)
 
 
 def print_table(rows):
-    """Rows of strings and numbers, in columns; the first is left-aligned."""
+    """Print rows of strings and numbers in columns: the first left-aligned, the others right."""
     rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *rest in rows:

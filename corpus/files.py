@@ -1,9 +1,9 @@
-"""Files to text: found, decompressed, decoded. And files written whole or not at all.
+"""Files to text: find, decompress, decode.
 
     files = find_files(["corpus"], wanted)
-    for document in read_each(files, wanted, read): ...  # read(name, stream) -> documents
+    for document in read_each(files, wanted, read): ...  # read(name, stream) yields documents
 
-.gz .bz2 .xz and .zip are read as they are. What can't be read is yielded as a Dropped in its place.
+.gz, .bz2, .xz and .zip files need not be unpacked. A file that can't be read gives a Dropped.
 """
 import bz2
 import codecs
@@ -11,51 +11,49 @@ import gzip
 import io
 import lzma
 import os
-import sys
-import time
 import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-from config import UserError
+from common.command_line import UserError
 
-LONGEST = 2**22       # characters of a record or document; the four great novels have 3 million
-HEAD = 2**20          # bytes by which a file's encoding and form are known
+MAX_CHARS = 2**22     # of a record or document; the four great novels together have 3 million
+SNIFF_BYTES = 2**20   # beginning of a file from which its encoding and format are detected
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-MARK = "\udcff"       # stands where bytes could not be decoded
+UNDECODABLE = "\udcff"  # replaces bytes that can't be decoded; no decoder makes this character
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError,
-               NotImplementedError, MemoryError, UnicodeError)  # of damaged and foreign archives
+               NotImplementedError, MemoryError, UnicodeError)  # damaged files, unknown compression
 
-# what Chinese text is made of: ASCII, dashes and quotes, full-width marks, and the 3,755 commonest
-# Han characters (level 1 of GB 2312)
+# Characters of ordinary Chinese text: ASCII, dashes and quotes, full-width punctuation, and the
+# 3,755 most common Han characters (level 1 of GB 2312).
 COMMON = {chr(code) for codes in (range(9, 14), range(32, 127), range(0x2010, 0x2027),
                                   range(0x3000, 0x3012), range(0xFF01, 0xFF5F)) for code in codes}
 COMMON |= {bytes((high, low)).decode("gb2312", "ignore") for high in range(0xB0, 0xD8)
            for low in range(0xA1, 0xFF)} - {""}
-codecs.register_error("mark", lambda error: (MARK, error.end))
+codecs.register_error("mark", lambda error: (UNDECODABLE, error.end))
 
 
 @dataclass
 class Dropped:
-    """A document that could not be read: a short reason to count by, and where it stood."""
-    reason: str
-    where: str
+    """A document that could not be read."""
+    reason: str  # short; documents are counted by it
+    where: str   # "place: what is wrong", which is printed; "" = nothing to print
 
 
 def suffix(name):
-    """The ending that says what a file holds, in lower case: .jsonl of x.JSONL.gz."""
+    """Return the suffix that tells a file's format, in lower case: .jsonl for x.JSONL.gz."""
     stem, end = os.path.splitext(str(name))
     return (os.path.splitext(stem)[1] if end.lower() in OPENERS else end).lower()
 
 
 def find_files(paths, wanted, endings=()):
-    """Files under paths for which wanted(name) holds, and .zip files: each once, sorted.
+    """Return the files under paths for which wanted(name) holds and the .zip files, each once,
+    sorted; a file named in paths is always taken. Print how many files are skipped.
 
-    Links are followed, but no folder is read twice. What is left aside is said.
+    Links are followed, but no folder is read twice. UserError: no such path, or no file found.
     """
-    found, seen, others = set(), set(), Counter()
+    found, seen, skipped = set(), set(), Counter()
     for path in sorted(os.path.normpath(p) for p in paths):
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
@@ -72,13 +70,13 @@ def find_files(paths, wanted, endings=()):
                 if os.path.isfile(file) and (wanted(name) or suffix(name) == ".zip"):
                     found.add(file)
                 else:
-                    others[suffix(name) or name] += 1
-    if others:
-        shown = ", ".join(f"{n:,} {end}" for end, n in others.most_common(5))
-        print(f"left aside: {others.total():,} files of another kind ({shown})")
+                    skipped[suffix(name) or name] += 1
+    if skipped:
+        shown = ", ".join(f"{n:,} {end}" for end, n in skipped.most_common(5))
+        print(f"skipped {skipped.total():,} files of other types ({shown})")
     if not found:
-        kinds = " ".join(endings) or "file of this kind"
-        raise UserError(f"{', '.join(map(str, paths))}: no file of this kind in there ({kinds})")
+        known = f" ({' '.join(endings)})" if endings else ""
+        raise UserError(f"{', '.join(map(str, paths))}: no file of a known type{known}")
     return sorted(found, key=lambda p: p.replace(os.sep, "/"))
 
 
@@ -87,9 +85,9 @@ def _raise(error):
 
 
 def open_files(path, wanted):
-    """(name, a function that opens it) of a file, or of each wanted file in a .zip.
+    """Yield (name, function that opens it) of a file, or of each wanted file in a .zip.
 
-    A .zip is never unpacked, so what its names say of folders does not matter.
+    Nothing is written to disk, so "../" in the names inside a .zip does no harm.
     """
     if not path.lower().endswith(".zip"):
         yield path, lambda: _buffered(path, open(path, "rb"))
@@ -98,7 +96,7 @@ def open_files(path, wanted):
         members = [m for m in archive.infolist() if not m.is_dir() and not _hidden(m.filename)]
         taken = [m for m in members if wanted(m.filename) or suffix(m.filename) == ".zip"]
         if len(taken) < len(members):
-            print(f"left aside: {len(members) - len(taken):,} files of another kind in {path}")
+            print(f"skipped {len(members) - len(taken):,} files of other types in {path}")
         for member in sorted(taken, key=lambda m: m.filename):
             yield (f"{path}/{member.filename}",
                    lambda m=member: _buffered(m.filename, archive.open(m)))
@@ -109,8 +107,8 @@ def _hidden(name):
                for part in name.split("/"))
 
 
-class Salvage(io.RawIOBase):
-    """A stream whose error comes only after all that can be read before it."""
+class DeferredErrors(io.RawIOBase):
+    """A stream that delivers all data before the first read error, then raises that error."""
 
     def __init__(self, file):
         self.file, self.error = file, None
@@ -124,8 +122,7 @@ class Salvage(io.RawIOBase):
             try:
                 data = self.file.read1(len(buffer) - n)
             except READ_ERRORS as e:
-                self.error = e
-                break
+                self.error, data = e, b""
             if not data:
                 break
             buffer[n:n + len(data)] = data
@@ -140,15 +137,17 @@ class Salvage(io.RawIOBase):
 
 
 def _buffered(name, raw):
-    """A stream that can peek(HEAD), decompressed; closing it closes raw."""
+    """Return raw as a decompressed stream with peek(SNIFF_BYTES). Closing it closes raw."""
     end = os.path.splitext(name)[1].lower()
     if end == ".zip":
         raise zipfile.BadZipFile("a .zip in a .zip: unpack it first")
-    return io.BufferedReader(Salvage(OPENERS[end](raw, "rb")) if end in OPENERS else raw, HEAD)
+    if end in OPENERS:
+        raw = DeferredErrors(OPENERS[end](raw, "rb"))
+    return io.BufferedReader(raw, SNIFF_BYTES)
 
 
 def read_each(files, wanted, read):
-    """All that read(name, stream) yields of every file; where one breaks off stands a Dropped."""
+    """Yield what read(name, stream) yields for every file; a read error becomes a Dropped."""
     for path in files:
         try:
             for name, opened in open_files(path, wanted):
@@ -162,106 +161,59 @@ def read_each(files, wanted, read):
 
 
 def _unreadable(name, error):
-    return Dropped("unreadable file", f"{name}: can't be read on ({error or type(error).__name__})")
-
-
-def write_file(path, content):
-    """Write str or bytes whole or not at all: beside, fsync, rename."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
-        replace(part, path)
-    except OSError as e:  # of a full disk it names no file
-        e.filename = e.filename or str(path)
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def replace(source, target):
-    """os.replace; on Windows, which refuses while a program reads the target, tried for a second.
-    """
-    for seconds in (0.05, 0.15, 0.3, 0.5, None):
-        try:
-            return os.replace(source, target)
-        except PermissionError as e:
-            if seconds is None or sys.platform != "win32":
-                e.strerror = f"{e.strerror}; does another program have it open?"
-                raise
-            time.sleep(seconds)
-
-
-def lock(path, taken):
-    """An open file that no other process gets while this one lives; UserError(taken) if one has it.
-    """
-    file = open(path, "wb")
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:  # POSIX; Windows
-        file.close()
-        raise UserError(taken) from e
-    except OSError:  # network file systems without locks
-        pass
-    return file
+    what = str(error) or type(error).__name__
+    return Dropped("unreadable file", f"{name}: can't be read further ({what})")
 
 
 # ---- text ----
 
 def encoding_of(head):
-    """The encoding of a file that begins with these bytes.
+    """Return the encoding of a file that begins with these bytes.
 
-    A byte order mark tells, and what is valid UTF-8 without a zero is that. Else it is the one of
-    four in which most of it is common Chinese or ASCII; UTF-8 if that decides nothing.
+    That of its byte order mark, else UTF-8 if it is valid and has no zero byte, else the one of
+    four encodings that gives the largest share of common characters (at a tie UTF-8).
     """
     for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
                        (codecs.BOM_UTF16_BE, "utf-16")):
         if head.startswith(mark):
             return name
-    try:  # the last character may be cut where more follows
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < HEAD)
+    try:  # the last character may be incomplete if the file is longer
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < SNIFF_BYTES)
         if b"\0" not in head:
             return "utf-8"
     except UnicodeDecodeError:
         pass
-    return max(("utf-8", "gb18030", "utf-16-le", "utf-16-be"), key=lambda e: _sense(head, e))
+    return max(("utf-8", "gb18030", "utf-16-le", "utf-16-be"), key=lambda e: _common_share(head, e))
 
 
-def _sense(head, encoding):
-    """Share of the characters that Chinese text is made of."""
+def _common_share(head, encoding):
+    """Return the share of common characters when head is decoded this way."""
     text = head.decode(encoding, "mark")
     return sum(map(COMMON.__contains__, text)) / max(1, len(text))
 
 
 def head_of(stream):
-    """The beginning of a stream as text, without reading it."""
-    head = stream.peek(HEAD)[:HEAD]
+    """Return the beginning of a stream as text; the stream stays where it is."""
+    head = stream.peek(SNIFF_BYTES)[:SNIFF_BYTES]
     return head.decode(encoding_of(head), "ignore").removeprefix("\ufeff")
 
 
 def decoded(stream, newline="\n"):
-    """The stream as text; MARK stands for bytes that are none."""
-    encoding = encoding_of(stream.peek(HEAD)[:HEAD])
+    """Return the stream as text, its encoding detected; UNDECODABLE replaces invalid bytes."""
+    encoding = encoding_of(stream.peek(SNIFF_BYTES)[:SNIFF_BYTES])
     return io.TextIOWrapper(stream, encoding, errors="mark", newline=newline)
 
 
 def lines(text):
-    """Lines of a text stream with their ends; one over LONGEST comes in pieces of that size."""
-    return iter(lambda: text.readline(LONGEST), "")
+    """Yield the lines of a text stream with their ends; longer ones in pieces of MAX_CHARS."""
+    return iter(lambda: text.readline(MAX_CHARS), "")
 
 
 def text_parts(stream):
-    """A whole text; one over LONGEST in parts, cut at line ends."""
+    """Yield a whole text, or if it is longer than MAX_CHARS its parts, cut at line ends."""
     text, rest, whole = decoded(stream, newline=None), "", True
-    while len(part := rest + text.read(LONGEST - len(rest))) == LONGEST:
-        cut = part.rfind("\n") + 1 or LONGEST
+    while len(part := rest + text.read(MAX_CHARS - len(rest))) == MAX_CHARS:
+        cut = part.rfind("\n") + 1 or MAX_CHARS
         rest, whole = part[cut:], False
         yield part[:cut]
     if part or whole:

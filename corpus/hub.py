@@ -1,7 +1,8 @@
-"""A file of a dataset on the Hugging Face hub, or on the mirror that HF_ENDPOINT names.
+"""Download a file of a dataset from the Hugging Face hub, or from the mirror in HF_ENDPOINT.
 
-huggingface_hub itself begins a download anew in every process; over a slow line half a gigabyte
-would never arrive. So its address and size are asked of it, and the bytes fetched here.
+huggingface_hub restarts an interrupted download from zero in a new process, so that half a gigabyte
+may never arrive over a slow connection. Here huggingface_hub gives only the address and the size;
+the download itself resumes.
 """
 import os
 from pathlib import Path
@@ -10,46 +11,42 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-TRIES = 20  # times one call goes on after a line that broke, as long as something comes
-
 
 def fetch(dataset, file, folder):
-    """Download a file into folder; what came is kept, and the next call goes on from there.
+    """Download a file into folder; an interrupted download is resumed by the next call.
 
-    Whole or not at all under its own name. Raises what the hub client, urllib and the disk raise.
+    The file gets its name only when it is complete. Raises the errors of the hub client and urllib,
+    and OSError.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
     url = hf_hub_url(dataset, file, repo_type="dataset")
     found = get_hf_file_metadata(url, timeout=20)
     if not found.size:
-        raise OSError("the hub does not say how long the file is")
+        raise OSError("the hub does not tell the size of the file")
     headers = build_hf_headers()
     if urlsplit(found.location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # the token is not for the storage behind the hub
-    part = Path(folder) / f".{file}.{found.etag[:16]}.part"  # another version starts anew
+        headers.pop("authorization", None)  # the token is for the hub only, not for its storage
+    part = Path(folder) / f".{file}.{found.etag[:16]}.part"  # one for each version of the file
     part.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as out:
-        for _ in range(TRIES):
-            before = out.tell()
-            if before == found.size:
-                break
-            request = Request(found.location, headers=headers | {"Range": f"bytes={before}-"})
+        while (start := out.tell()) < found.size:
+            request = Request(found.location, headers=headers | {"Range": f"bytes={start}-"})
+            error = ConnectionError("the server sent no more data")
             try:
                 copy(request, out, found.size)
-            except (ConnectionError, TimeoutError):
-                if out.tell() == before:
-                    raise
-        else:
-            raise ConnectionError(f"it broke off {TRIES} times, at {out.tell():,} bytes the last")
+            except (ConnectionError, TimeoutError) as e:
+                error = e
+            if out.tell() <= start:  # else it broke, but some data came: resume
+                raise error
         os.fsync(out.fileno())
     os.replace(part, Path(folder) / file)
 
 
 def copy(request, out, size):
-    """Append what the request brings."""
+    """Append the response to out, up to size bytes in all."""
     with urlopen(request, timeout=30) as response:
-        if response.status != 206:  # it sends all of it again
+        if response.status != 206:  # the server ignored the Range header and sends the whole file
             out.truncate(0)
         with tqdm(total=size, initial=out.tell(), unit="B", unit_scale=True,
                   disable=None) as progress:

@@ -1,36 +1,36 @@
-"""Near-duplicates: documents whose five-character pieces are mostly those of an earlier one.
+"""Near-duplicates: documents that share most of their 5-grams of characters with an earlier one.
 
-MinHash and its index (Broder 1997) are datasketch's; nothing is imported before it is asked for.
+Found by MinHash and locality-sensitive hashing (Broder 1997), as implemented in datasketch, which
+is an optional requirement and therefore imported late.
 """
-from config import UserError
+from common.command_line import UserError
 
-N_PERMUTATIONS = 64   # numbers a document is known by: similarity is exact to about 0.1
-PIECE = 5             # characters
+N_PERMUTATIONS = 64   # hash functions of a signature; estimates similarity to about 0.1
+NGRAM = 5             # characters
 
 
 def signature(text):
-    """MinHash of a text's pieces, in the form that travels between processes."""
+    """Return the MinHash of a text's n-grams, in the form that is cheap to send to a process."""
     from datasketch import LeanMinHash, MinHash
-    pieces = list({text[i:i + PIECE] for i in range(max(1, len(text) - PIECE + 1))})
+    ngrams = list({text[i:i + NGRAM] for i in range(max(1, len(text) - NGRAM + 1))})
     minhash = MinHash(N_PERMUTATIONS)
-    for i in range(0, len(pieces), 10_000):  # it holds N_PERMUTATIONS numbers for each at once
-        minhash.update_batch([piece.encode() for piece in pieces[i:i + 10_000]])
+    for i in range(0, len(ngrams), 10_000):  # in parts, to limit memory: 64 hashes per n-gram
+        minhash.update_batch([ngram.encode() for ngram in ngrams[i:i + 10_000]])
     return LeanMinHash(minhash)
 
 
 class NearDuplicates:
+    """An index of the signatures of the documents that were kept. similarity: 0 to 0.95."""
+
     def __init__(self, similarity):
         try:
             from datasketch import MinHashLSH
         except ImportError as e:
             raise UserError("near_duplicates needs datasketch: pip install datasketch") from e
-        try:
-            self.index = MinHashLSH(similarity, N_PERMUTATIONS)
-        except ValueError as e:
-            raise UserError(f"near_duplicates={similarity} is too near to 0 or 1") from e
+        self.index = MinHashLSH(similarity, N_PERMUTATIONS)
 
-    def has(self, key, minhash):
-        """Whether a document like this one came before; if not, it is remembered."""
+    def has_or_add(self, key, minhash):
+        """Return whether the index holds a similar document; if not, add this one."""
         if self.index.query(minhash):
             return True
         self.index.insert(key, minhash)

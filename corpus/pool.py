@@ -1,4 +1,4 @@
-"""A function over many batches, in several processes, in order."""
+"""Map a function over batches in several processes, results in input order."""
 import math
 import multiprocessing
 import os
@@ -10,34 +10,35 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import UserError
+from common.command_line import UserError
 
 
 def cpu_count():
-    """Cores that this process may use: of its affinity, and of its container's quota (cgroup)."""
+    """Return the number of cores this process may use: its affinity and its cgroup's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no Linux; "max": no quota
+    except (OSError, ValueError):  # not Linux, or "max": no quota
         pass
     return max(1, cores or 1)
 
 
-def map_batches(function, batches, job, n_workers):
-    """Yields function(batch, job) of each batch, in their order, a bounded number under way.
+def map_batches(function, batches, shared, n_workers):
+    """Yield function(batch, shared) for each batch, in order.
 
-    job is sent to each process once. UserError: a process was killed.
+    shared is sent to each process once. At most 3 * n_workers + 1 batches wait at a time. UserError
+    if a process was killed.
     """
     if n_workers == 1:
-        yield from (function(batch, job) for batch in batches)
+        yield from (function(batch, shared) for batch in batches)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy threads' locks
-    with ProcessPoolExecutor(n_workers, context, _start, (function, job)) as pool:
+    with ProcessPoolExecutor(n_workers, context, _start, (function, shared)) as pool:
         pending = deque()
         try:
             for batch in batches:
-                with _ctrl_c_waits():  # submit() may start a process
+                with _delayed_sigint():
                     pending.append(pool.submit(_work, batch))
                 if len(pending) > 3 * n_workers:
                     yield pending.popleft().result()
@@ -50,9 +51,9 @@ def map_batches(function, batches, job, n_workers):
 
 
 @contextmanager
-def _ctrl_c_waits():
-    """Ctrl-C comes when this ends; processes started inside never get it: the parent answers."""
-    if not hasattr(signal, "pthread_sigmask"):
+def _delayed_sigint():
+    """Delay Ctrl-C to the end of the block; processes started inside it never receive it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -62,19 +63,19 @@ def _ctrl_c_waits():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(function, job):
+def _start(function, shared):
     global _task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it can't be blocked
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _task = function, job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows, where it is not inherited
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _task = function, shared
 
 
-def _end_with_parent():
-    """A parent that is killed can't end its workers, and they would wait for work for ever."""
+def _exit_with_parent():
+    """Exit when the parent is gone: killed, it could not stop its workers."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _work(batch):
-    function, job = _task
-    return function(batch, job)
+    function, shared = _task
+    return function(batch, shared)

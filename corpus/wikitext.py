@@ -1,16 +1,16 @@
-"""Wikitext to plain text: what a reader of the page would read, and nothing of its markup.
+"""Wikitext to plain text.
 
     plain(markup)        an article of a MediaWiki dump
-    tidy(text)           what WikiExtractor and its kin leave behind
+    tidy(text)           the output of WikiExtractor and similar programs
 
-Paragraphs, headings and lists keep their lines. Every step is linear in the text, however broken
-the markup. mwparserfromhell was measured against this and is not used: see LOG.md.
+Paragraphs, headings and list items keep their lines. Every step takes linear time, even on broken
+markup. mwparserfromhell is not used because of its measured speed and output: see LOG.md.
 """
 import html
 import re
 from collections import Counter
 
-SIMPLIFIED = ("zh-hans", "zh-cn", "zh-sg", "zh-my", "zh")  # of a word's regional forms, in order
+SIMPLIFIED = ("zh-hans", "zh-cn", "zh-sg", "zh-my", "zh")  # preferred regional forms, in order
 HIDDEN_LINKS = ("file", "image", "category", "media", "文件", "檔案", "档案", "图像", "圖像",
                 "分类", "分類")
 LANGUAGES = frozenset(
@@ -23,10 +23,10 @@ REDIRECT = re.compile(r"\s*#(?:redirect|重定向|重新導向)", re.I)
 DISAMBIGUATION = re.compile(
     r"\{\{\s*(?:[\w-]{0,30}disambig[\w-]{0,30}|dab|hndis|geodis"
     r"|\w{0,30}消歧[义義]\w{0,30})\s*[|}]", re.I)
-MAX_DEPTH = 60        # templates in templates; deeper ones are broken markup
+MAX_DEPTH = 60        # of nested templates; deeper markup is broken
 
-# Templates that stand for a word of the sentence: which of their arguments (the first that is
-# given), or several joined. All others are dropped.
+# Templates that show text within a sentence. SHOWN: {name: arguments, of which the first one given
+# is shown}; JOINED: {name: arguments shown one after the other}. Other templates are dropped.
 SHOWN = {"lang": [2], "lang-": [1], "langx": [2], "link-": [3, 1], "le": [3, 1], "tsl": [4, 3],
          "ill": ["lt", 1], "internal link helper": ["d", 1], "nihongo": [1], "link": [2, 1],
          "nowrap": [1], "nobr": [1], "small": [1], "big": [1], "abbr": [1], "tooltip": [1],
@@ -52,14 +52,15 @@ APPENDIX = re.compile(
     r"(?:文献|文獻|资料|資料|来源|來源|书目|書目|链接|連結|鏈接|条目|條目|阅读|閱讀|與註釋|与注释|[与與及和]注[释釋])?", re.I)
 FORM = re.compile(r"\s*([a-z]{2,3}(?:-[a-z]+)?)\s*:(.*)", re.S | re.I)
 LEFT_FORMS = re.compile(r"-\{((?:[^{}]|\{[^{}]*\})*?)\}-")
-# a function() keeps its brackets, a term whose translation was a template does not
+# Empty brackets, left by a dropped template; but "main()" keeps its brackets.
 BRACKETS = re.compile(r"(?:[（［]|(?<![A-Za-z0-9_])[(\[])[\s,，、;；:：]*[）)\]］]|《》|〈〉|「」|『』|“”")
 AFTER_OPENING = re.compile(r"(?<=[（(])[\s,，、;；]{1,20}")
 BEFORE_CLOSING = re.compile(r"[\s,，、;；:：]{1,20}(?=[）)])")
 
 
 def plain(markup):
-    """Text of an article in wikitext; its templates, tables, references and pictures dropped."""
+    """Return the text of an article in wikitext without templates, tables, references, pictures.
+    """
     text = re.sub(r"<!--.*?(?:-->|\Z)", "", markup, flags=re.S)
     text = resolve(drop_tags(text))
     text = re.sub(r"\[(?:https?:|ftp:)?//[^\s\[\]]*+[ \t]?([^\[\]\n]*+)\]", r"\1", text)
@@ -68,17 +69,18 @@ def plain(markup):
 
 
 def unescape(text):
-    """html.unescape, which fails on numbers of more digits than Python converts."""
+    """Return html.unescape(text), without character numbers too long for Python to convert."""
     return html.unescape(re.sub(r"&#x?[0-9a-fA-F]{8,};?", "", text))
 
 
 def tidy(text):
-    """Extracted text: regional forms chosen, tags and brackets emptied by templates removed."""
+    """Return extracted text with regional forms chosen, without tags and empty brackets."""
     return empty_brackets(drop_tags(LEFT_FORMS.sub(lambda m: _regional(m[1]), text)))
 
 
 def drop_tags(text):
-    """No tags: what HIDDEN_TAGS enclose goes too, TeX stays between dollars, <br> ends a line."""
+    """Return the text without tags and without the content of HIDDEN_TAGS; formulas become TeX
+    between dollar signs, <br> a newline."""
     lowered, pieces, at, hidden = text.lower(), [], 0, ""
     last_end = {name: lowered.rfind(f"</{name}") for name in (*HIDDEN_TAGS, *FORMULAS)}
     for tag in ANY_TAG.finditer(text):
@@ -97,13 +99,13 @@ def drop_tags(text):
 
 
 def _formula(tex):
-    """TeX between dollar signs; its braces must not look like markup."""
+    """Return TeX between dollar signs, its brackets spaced so that they do not look like markup."""
     return "$" + re.sub(r"(?<=[{}\[\]-])(?=[{}\[\]-])", " ", tex.strip()) + "$"
 
 
 def resolve(text):
     """Replace links, templates, tables and regional forms, the innermost first, in one pass."""
-    stack, counts = [("", [])], Counter()  # (what opened it, the pieces so far)
+    stack, counts = [("", [])], Counter()  # [(opening token, pieces so far)], open tokens by kind
 
     def close():
         opened, pieces = stack.pop()
@@ -116,19 +118,19 @@ def resolve(text):
             stack.append((token, []))
             counts[token] += 1
         elif counts[CLOSES.get(token)]:
-            while stack[-1][0] != CLOSES[token]:  # left open inside: its marks go, its text stays
+            while stack[-1][0] != CLOSES[token]:  # never closed: drop the token, keep the text
                 stack[-2][1].append(close()[1])
             opened, inner = close()
             stack[-1][1].append(RENDER[opened](inner))
         elif not token:
             stack[-1][1].append(piece)
-    while len(stack) > 1:  # what never ends hides nothing
+    while len(stack) > 1:  # never closed
         stack[-2][1].append(close()[1])
     return "".join(stack[0][1])
 
 
 def _link(inner):
-    """[[target|shown]]: what is shown; nothing of pictures, categories and other languages."""
+    """Return the shown text of [[target|shown]]; "" for pictures, categories, other languages."""
     target, *shown = inner.split("|")
     space, colon, _ = target.partition(":")
     space = space.strip()
@@ -143,7 +145,7 @@ def _link(inner):
 
 
 def _template(inner):
-    """{{name|...}}: the argument that stands in the sentence, of the few that have one."""
+    """Return the text that {{name|...}} shows according to SHOWN and JOINED, else ""."""
     name, *given = inner.split("|")
     name, arguments, count = name.strip().lower().replace("_", " "), {}, 0
     for argument in given:
@@ -159,7 +161,7 @@ def _template(inner):
 
 
 def _regional(inner):
-    """-{zh-hans:..;zh-hant:..}-: the simplified form. A flag before "|" may hide it all."""
+    """Return the simplified form of -{zh-hans:..;zh-hant:..}-; "" if a flag before "|" hides it."""
     flags, bar, rest = inner.partition("|")
     if bar and re.fullmatch(r"[A-Za-z; -]{0,12}", flags):
         if set(flags.upper()) & set("TH-"):
@@ -176,9 +178,10 @@ RENDER = {"{{": _template, "[[": _link, "{|": lambda inner: "", "-{": _regional}
 
 
 def outline(text):
-    """List marks and heading marks removed; headings with nothing under them, and the sections of
-    references and links, dropped."""
-    kept, waiting, skipped = [], [], 0  # headings that wait for text; level of a dropped section
+    """Return the text without list and heading marks, headings of empty sections, and the sections
+    of references and links."""
+    # waiting: headings without text so far; skipped: level of the section being dropped, or 0
+    kept, waiting, skipped = [], [], 0
     for line in text.split("\n"):
         heading = HEADING.fullmatch(line.strip()) if line[:1] == "=" and len(line) < 300 else None
         if heading:
@@ -199,7 +202,7 @@ def outline(text):
 
 
 def empty_brackets(text):
-    """Brackets around nothing removed, and the commas that dropped templates leave in others."""
-    for _ in range(2):  # （《》）
+    """Return the text without empty brackets and without commas just inside other brackets."""
+    for _ in range(2):  # nested ones: （《》）
         text = BRACKETS.sub("", text)
     return BEFORE_CLOSING.sub("", AFTER_OPENING.sub("", text))

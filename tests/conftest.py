@@ -22,8 +22,7 @@ ENV = os.environ  # of every script, in this process or its own
 
 import torch  # noqa: E402  (reads the environment above)
 
-from config import run_main  # noqa: E402
-
+from common.command_line import run_main  # noqa: E402
 
 # ---- one suite, two number types ----
 
@@ -142,7 +141,7 @@ def two_sets(demo, tmp_path_factory):
     """A folder with data/a and data/b too: different texts in the demo's tokenizer."""
     folder = with_sets(tmp_path_factory.mktemp("two_sets"), demo)
     for name, part in (("a", "wiki_00"), ("b", "wiki_05")):
-        succeed(run(folder, "prepare.py", "wiki", ROOT / "data/demo/raw/wiki_zh/AA" / part,
+        succeed(run(folder, "prepare.py", "wiki", ROOT / "data/raw/demo/wiki_zh/AA" / part,
                     "--tokenizer=data/demo", f"--name={name}", "--val_fraction=0.1"))
     return folder
 

@@ -9,8 +9,9 @@ import torch
 from conftest import ROOT, run
 
 import bench
-from config import UserError, configure
-from engine import contenders, numerics
+from benchmarks import contenders, numerics
+from common.command_line import UserError
+from common.settings import configure
 
 torch.set_num_threads(1)
 TINY = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=128", "--block_size=16",

@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 from test_engine import torchrun
-from test_gpt import make, random_ids
 from test_road import curve, settings, weights
 from test_training import GivenData, keep_gradients, make_trainer, uneven_batches
 
 import pretrain
 from gpt import KVCache, linear_cross_entropy
+from test_gpt import make, random_ids
 
 pytestmark = pytest.mark.numeric
 torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def test_cached_logits_are_near_the_uncached_ones(arch, way):
     model = make(arch, scale=1)
     ids, caches = random_ids(model, 2, 20), [KVCache(64) for _ in model.blocks]
     with in_bfloat16(model, way):
-        parts = [model(part, caches=caches) for part in ids.split([7, 1, 5, 7], dim=1)]
+        parts = [model(part, caches=caches) for part in ids.split([7, 1, 2, 5, 5], dim=1)]
         whole = model(ids)
     assert caches[0].k.dtype == caches[0].v.dtype == whole.dtype == torch.bfloat16
     K = len(model.blocks) * FORWARD + 2
@@ -122,7 +122,7 @@ def test_greedy_ids_are_the_likeliest_of_the_uncached_logits(arch, way):
     K = len(model.blocks) * FORWARD + 2
     with in_bfloat16(model, way):
         for new in model.generate(ids, 24, temperature=0):
-            logits = model(ids)[:, -1, :model.config.n_ids].float()
+            logits = model(ids)[:, -1, :model.config.vocab_size].float()
             chosen = logits.gather(1, new[:, None])[:, 0]
             noise = math.sqrt(K) * U * logits.square().mean(-1).sqrt()  # of one logit
             assert (chosen >= logits.max(-1).values - 6 * noise).all()  # 3 for each of the two
@@ -167,7 +167,8 @@ leave()
 
 def train_briefly(folder, *words):
     cfg = settings("--dtype=bfloat16", f"--out_dir={folder}", "--max_iters=4", "--eval_interval=4",
-                   "--log_interval=1", "--eval_tokens=200", "--sample_start=", *words)
+                   "--log_interval=1", "--eval_tokens=200", "--sample_start=", "--batch_size=2",
+                   "--gradient_accumulation_steps=4", *words)
     pretrain.train(cfg, pretrain.make_model, lambda c, b, m: pretrain.TextData(b, c), "base")
 
 

@@ -1,8 +1,11 @@
-"""The laws of the data stage: tokenizers, bins, cleaning, splits, receipts."""
+"""Tokenizers, prepare.py, prepared sets on disk."""
+import bz2
 import gzip
 import json
 import lzma
 import shutil
+import tempfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,14 +13,15 @@ from conftest import ROOT, SHARED, one_line, run, run_process, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
-from data.bins import Bins
-from data.clean import clean
-from data.tokenizer import IM_END, IM_START, Tokenizer, load_tokenizer, train_bytebpe
+from common import files
+from common.command_line import UserError
+from corpus.clean import clean
+from tokens.bins import SPLITS, Bins, BinWriter
+from tokens.tokenizer import IM_END, IM_START, Tokenizer, load_tokenizer, train_bytebpe
 
 QWEN = SHARED / "tokenizers"
 needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="no ../shared/tokenizers here")
-RAW = ROOT / "data" / "demo" / "raw"
+RAW = ROOT / "data" / "raw" / "demo"
 HOSTILE = [
     "", " ", "\n", "a", "数学是什么？", "你好，world! 123456 ３４５", "👩‍👩‍👧‍👦🏳️‍🌈 emoji 😀",
     "𠮷野家 龘靐齉 㐀 𪚥", "é cafe\u0301 A\u030a n\u0303",
@@ -64,7 +68,7 @@ def test_an_own_tokenizer_equals_transformers(small, tmp_path):
 @needs_qwen
 def test_qwens_tokenizer_equals_transformers(tmp_path):
     tok = load_tokenizer(str(QWEN / "qwen2_5"))
-    assert tok.n_ids == 151_665 and tok.eot == 151_643 and tok.im_start == 151_644
+    assert tok.vocab_size == 151_665 and tok.eot == 151_643 and tok.im_start == 151_644
     check_equal_to_transformers(tok, tmp_path, [*demo_texts(), *HOSTILE])
 
 
@@ -72,7 +76,7 @@ def test_qwens_tokenizer_equals_transformers(tmp_path):
 def test_the_tiktoken_file_gives_the_same_ids_and_merges():
     names = ("qwen.tiktoken", "qwen2_5/tokenizer.json")
     ours, theirs = (load_tokenizer(str(QWEN / name)) for name in names)
-    assert ours.n_ids == 151_646
+    assert ours.vocab_size == 151_646
     as_pairs = [m.split(" ") if isinstance(m, str) else m for m in theirs.spec["model"]["merges"]]
     assert ours.spec["model"]["merges"] == as_pairs
     for text in HOSTILE:
@@ -123,7 +127,7 @@ def shared_tokenizer(cache=[]):
 
 def test_training_a_tokenizer_repeats_exactly(small):
     assert train_bytebpe(list(demo_texts()), 1024).fingerprint == small.fingerprint
-    assert small.n_ids == 1024
+    assert small.vocab_size == 1024
 
 
 def test_a_dialogue_equals_the_chat_template_of_transformers(small, tmp_path):
@@ -132,10 +136,10 @@ def test_a_dialogue_equals_the_chat_template_of_transformers(small, tmp_path):
     for line in (RAW / "chat.jsonl").read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
         want = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
-        assert small.dialogue(messages) == want
+        assert small.encode_chat(messages) == want
     want = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True,
                                       return_dict=False)
-    assert small.dialogue(messages) + small.header("assistant") == want
+    assert small.encode_chat(messages) + small.role_header("assistant") == want
 
 
 def test_only_answers_and_their_ends_are_trained(small):
@@ -144,20 +148,12 @@ def test_only_answers_and_their_ends_are_trained(small):
                 dict(role="assistant", content=" 甲 "), dict(role="user", content="assistant"),
                 dict(role="assistant", content=""), dict(role="user", content="乙"),
                 dict(role="assistant", content=f"丙{IM_END}丁")]
-    ids = np.array(small.dialogue(messages) + [small.eot])
-    mask = small.trained(ids)
+    ids = np.array(small.encode_chat(messages) + [small.eot])
+    mask = small.loss_mask(ids)
     pieces = np.split(ids[mask], np.flatnonzero(ids[mask] == small.im_end) + 1)
     assert [small.decode(p) for p in pieces] == [
         f"甲{IM_END}", IM_END, f"丙{IM_END}丁{IM_END}", ""]
     assert (ids == small.im_start).sum() == len(messages)
-
-
-@pytest.mark.parametrize("name, what", [
-    ("no/such/file.json", "no such file"), ("data", "no such file"), ("Some/Model", "HF_ENDPOINT")])
-def test_a_tokenizer_that_is_not_there_is_one_line(name, what, tmp_path):
-    done = run(tmp_path, "prepare.py", "text", ROOT / "data/demo/raw/chat.jsonl",
-               f"--tokenizer={name}")
-    one_line(done, what)
 
 
 def test_a_damaged_tokenizer_file_is_one_line(tmp_path):
@@ -179,11 +175,11 @@ def documents(bins, split):
     return [tokens[a:b] for a, b in zip(starts, starts[1:])]
 
 
-def books_add_up(meta):
-    for source in meta["sources"].values():
-        assert source["read"] == source["written"] + sum(source["dropped"].values())
-    written = sum(s["written"] for s in meta["sources"].values())
-    return written
+def checked_counts(bins):
+    """Return the counts of each source, read = written + dropped."""
+    for counts in bins.meta["sources"].values():
+        assert counts["read"] == counts["written"] + sum(counts["dropped"].values())
+    return bins.meta["sources"]
 
 
 def test_the_demo_sets_hold_every_entry_and_dialogue(demo):
@@ -193,7 +189,7 @@ def test_the_demo_sets_hold_every_entry_and_dialogue(demo):
     assert text.tokenizer.fingerprint == chat.tokenizer.fingerprint
     for bins in (text, chat):
         docs = documents(bins, "train") + documents(bins, "val")
-        assert len(docs) == books_add_up(bins.meta)
+        assert len(docs) == sum(c["written"] for c in checked_counts(bins).values())
         assert all(doc[-1] == bins.tokenizer.eot for doc in docs)
         counted = sum(s["tokens"] for s in bins.meta["splits"].values())
         assert sum(len(doc) for doc in docs) == counted
@@ -204,16 +200,17 @@ def test_what_is_held_out_of_one_demo_set_is_not_trained_in_the_other(demo):
     text, chat = Bins("demo", demo / "data"), Bins("demo_chat", demo / "data")
     seen = text.tokenizer.decode(text.tokens("train"))
     for doc in documents(chat, "val"):
-        answers = chat.tokenizer.decode(doc[chat.tokenizer.trained(doc)]).split(IM_END)
+        answers = chat.tokenizer.decode(doc[chat.tokenizer.loss_mask(doc)]).split(IM_END)
         assert answers[0] not in seen
 
 
 def test_bins_do_not_depend_on_workers_or_order(tmp_path):
     files, texts = [], list(demo_texts())[::3]
-    for i in range(4):
-        files.append(tmp_path / f"{i}.jsonl")
-        files[-1].write_text("".join(json.dumps({"text": f"{t}{i}"}) + "\n" for t in texts),
-                             encoding="utf-8")
+    for end, compress in (("", bytes), (".gz", gzip.compress), (".xz", lzma.compress),
+                          (".bz2", bz2.compress)):
+        files.append(tmp_path / f"a.jsonl{end}")
+        lines = "".join(json.dumps({"text": f"{text}{end}"}) + "\n" for text in texts)
+        files[-1].write_bytes(compress(lines.encode()))
     common = ("--tokenizer=bytebpe", "--vocab_size=400", "--name=x")
     results = []
     for how, *words in ((run, *files, "--workers=1"), (run_process, *files[::-1], "--workers=2")):
@@ -245,9 +242,9 @@ def test_every_kind_of_file_and_every_loss_is_counted(tmp_path):
                    "--val_fraction=0.1", "--min_chars=1", "--min_chinese=0")
     assert f"{raw}/a.jsonl:41: not JSON" in done.stderr.replace("\\", "/")
     bins = Bins("x", tmp_path / "data")
-    counts = bins.meta["sources"]["text"]
-    assert books_add_up(bins.meta) == counts["written"] == 43
-    # what is left of cut.jsonl.gz is read until it breaks off
+    counts = checked_counts(bins)["text"]
+    assert counts["written"] == 43
+    # of cut.jsonl.gz, all lines before the damage are read
     assert counts["dropped"] == {"not JSON": 4, "no text": 4, "bad encoding": 1, "empty": 2,
                                  "duplicate": 42, "unreadable file": 1}
     assert counts["files"] == 7
@@ -272,13 +269,6 @@ def test_a_few_documents_are_split_at_their_ends(tmp_path):
     assert totals["val"]["tokens"] == pytest.approx(0.1 * len(bins.tokens("train")), rel=0.2)
 
 
-def test_too_little_text_is_one_line(tmp_path):
-    (tmp_path / "a.txt").write_text("长", encoding="utf-8")
-    done = run(tmp_path, "prepare.py", "text", tmp_path / "a.txt", "--tokenizer=bytebpe",
-               "--vocab_size=300", "--min_chars=1")
-    one_line(done, "too little text")
-
-
 def test_a_few_dialogues_are_split_whole(tmp_path):
     lines = [json.dumps({"messages": [
         {"role": "user", "content": f"问{i}"}, {"role": "assistant", "content": f"答{i}"}]})
@@ -288,32 +278,14 @@ def test_a_few_dialogues_are_split_whole(tmp_path):
     bins = Bins("chat", tmp_path / "data")
     assert [len(documents(bins, s)) for s in ("train", "val")] == [4, 1]
     assert [bins.meta["splits"][s]["characters"] for s in ("train", "val")] == [20, 5]
-    (tmp_path / "c.jsonl").write_text(lines[0], encoding="utf-8")
-    done = run(tmp_path, "prepare.py", "chat", tmp_path / "c.jsonl", "--tokenizer=bytebpe",
-               "--vocab_size=270", "--name=y")
-    one_line(done, "one dialogue")
-    assert not (tmp_path / "data" / "y").exists()
-
-
-def test_dialogues_that_cannot_be_trained_on_are_dropped_by_reason(tmp_path):
-    good = [{"messages": [{"role": "user", "content": f"{i}"},
-                          {"role": "assistant", "content": f"是{i}"}]} for i in range(30)]
-    bad = [{}, {"messages": []}, {"messages": "x"}, {"messages": [1]},
-           {"messages": [{"role": "user"}]},
-           {"messages": [{"role": "tool", "content": "x"}]},
-           {"messages": [{"role": "user", "content": "x"}]},
-           {"messages": [{"role": "assistant", "content": "  "}]}]
-    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, good + bad)), encoding="utf-8")
-    prepare(tmp_path, "chat", tmp_path / "c.jsonl", "--tokenizer=bytebpe", "--vocab_size=300")
-    bins = Bins("chat", tmp_path / "data")
-    assert books_add_up(bins.meta) == 30
-    assert bins.meta["sources"]["chat"]["dropped"] == {
-        "no messages": 5, "unknown role": 1, "no answer": 2}
 
 
 @pytest.mark.parametrize("words, what", [
     ((), "name a source"), (("nonsense",), "nonsense"), (("text",), "data/raw/text"),
-    (("text", "missing"), "missing: no such file"), (("text", "."), "no file of this kind"),
+    (("text", "missing"), "missing: no such file"), (("text", "."), "no file of a known type"),
+    *[(("text", RAW, f"--tokenizer={name}"), what) for name, what in (
+        ("no/such/file.json", "no such file"), ("data", "no such file"),
+        ("Some/Model", "HF_ENDPOINT"))],
     (("demo", "x"), "takes no path"), (("demo", "--vocab_sise=3"), "Did you mean vocab_size?"),
     (("demo", "--vocab_size=abc"), "vocab_size='abc' is not of type int"),
     (("demo", "--vocab_size"), "needs a value"), (("demo", "--vocab_size=100"), "too small"),
@@ -323,12 +295,15 @@ def test_what_prepare_cannot_do_is_one_line(words, what, tmp_path):
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.part"))
 
 
-def test_an_empty_corpus_is_one_line_and_leaves_nothing(tmp_path):
-    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
-    done = run(tmp_path, "prepare.py", "text", tmp_path / "a.txt", "--tokenizer=bytebpe",
-               "--vocab_size=260")
-    one_line(done, "no document is left", "1 empty")
-    assert not (tmp_path / "data" / "text").exists()
+@pytest.mark.parametrize("source, text, what", [
+    ("text", '{"text": " \\n"}', "no document is left to train a tokenizer on: 1 empty"),
+    ("text", '{"text": "长"}', "too little text"),
+    ("chat", '{"question": "问", "answer": "答"}', "one dialogue")])
+def test_too_little_text_is_one_line_and_leaves_nothing(source, text, what, tmp_path):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    one_line(run(tmp_path, "prepare.py", source, tmp_path / "a.json", "--tokenizer=bytebpe",
+                 "--vocab_size=300", "--min_chars=1"), what)
+    assert not (tmp_path / "data" / source).exists()
 
 
 # ---- readers refuse what does not match ----
@@ -339,7 +314,7 @@ def test_an_empty_corpus_is_one_line_and_leaves_nothing(tmp_path):
     (lambda f: (f / "train.bin").write_bytes(b"12"), "train.bin has 2 bytes"),
     (lambda f: (f / "val.idx").unlink(), "val.idx"),
     (lambda f: (f / "tokenizer.json").write_text("{}", encoding="utf-8"), "tokenizer.json"),
-    (lambda f: shared_tokenizer().save(f), "is not what made the bins")])
+    (lambda f: shared_tokenizer().save(f), "did not make the bins")])
 def test_a_set_that_does_not_match_its_meta_is_refused(damage, what, demo, tmp_path):
     folder = tmp_path / "demo"
     shutil.copytree(demo / "data" / "demo", folder)
@@ -349,7 +324,6 @@ def test_a_set_that_does_not_match_its_meta_is_refused(damage, what, demo, tmp_p
 
 
 def test_ids_that_do_not_fit_the_set_are_refused(tmp_path):
-    from data.bins import BinWriter
     with BinWriter(tmp_path / "x", 100) as out, pytest.raises(ValueError, match="id 100"):
         out.add("train", [1, 100])
 
@@ -357,20 +331,78 @@ def test_ids_that_do_not_fit_the_set_are_refused(tmp_path):
 @given(st.lists(st.lists(st.integers(0, 70_000), min_size=1, max_size=30), min_size=1, max_size=20))
 @settings(max_examples=50, deadline=None)
 def test_documents_written_are_the_documents_read(docs):
-    import tempfile
-    from data.bins import BinWriter
-    tok = shared_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        with BinWriter(f"{folder}/x", 70_001) as out:
-            for doc in docs:
-                out.add("train", doc)
-            out.add("val", [0])
-            size = dict(characters=1, bytes=1)
-            out.finish(tok, dict(kind="text", sources={},
-                                 splits=dict(train=dict(size), val=dict(size))))
-        bins = Bins("x", folder)
-        assert [d.tolist() for d in documents(bins, "train")] == docs
-        del bins
+        write_set(f"{folder}/x", docs)
+        assert read_set(folder) == docs
+
+
+def write_set(folder, docs):
+    """Write a set with the training documents docs. An error leaves what a kill would leave."""
+    out = BinWriter(folder, 70_001)
+    try:
+        out.add("val", [0])
+        for doc in docs:
+            out.add("train", doc)
+        splits = {s: dict(characters=1, bytes=1) for s in SPLITS}
+        out.finish(shared_tokenizer(), dict(kind="text", sources={}, splits=splits))
+    finally:
+        out.lock.close()  # the system would release the lock of a killed process
+
+
+def read_set(folder):
+    return [doc.tolist() for doc in documents(Bins("x", folder), "train")]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("old", [None, [[1, 2], [3]]])
+def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_set(old, tmp_path, monkeypatch):
+    new, replace = [[4], [5, 6]], files.replace
+
+    def replace_and_count(source, target):
+        for step in (lambda: None, lambda: replace(source, target)):  # killed before and after
+            step()
+            if next(moments, None) == "killed":
+                raise Killed
+
+    monkeypatch.setattr(files, "replace", replace_and_count)
+    for moment in range(14):  # of 7 renames: two .idx, two of the tokenizer, meta.json, the folder
+        folder, moments = tmp_path / str(moment), iter(())
+        if old:
+            write_set(folder / "x", old)
+        moments = iter([""] * moment + ["killed"])
+        with pytest.raises(Killed) if old or moment < 12 else nullcontext():
+            write_set(folder / "x", new)
+        if old or (folder / "x").exists():
+            assert read_set(folder) in (old, new)
+        else:
+            with pytest.raises(UserError, match="not prepared"):
+                read_set(folder)
+        moments = iter(())
+        write_set(folder / "x", new)
+        assert read_set(folder) == new and [p.name for p in folder.iterdir()] == ["x"]
+
+
+def test_a_folder_with_other_files_is_refused_before_any_work(tmp_path):
+    folder = tmp_path / "data" / "x"
+    folder.mkdir(parents=True)
+    for file, what in (("tokenizer.json", "holds only a tokenizer"),
+                       ("notes.txt", "holds other files (notes.txt)")):
+        (folder / file).write_text("{}", encoding="utf-8")
+        one_line(run(tmp_path, "prepare.py", "demo", "--name=x"), what)
+        one_line(run(tmp_path, "prepare.py", "text", RAW, "--name=x"), what)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["data", "notes.txt", "tokenizer.json",
+                                                           "x"]
+
+
+def test_a_set_of_an_older_version_is_read(demo, tmp_path):
+    shutil.copytree(demo / "data" / "demo", tmp_path / "demo")
+    meta = json.loads((tmp_path / "demo" / "meta.json").read_text(encoding="utf-8"))
+    meta["n_ids"] = meta.pop("vocab_size")
+    (tmp_path / "demo" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert Bins("demo", tmp_path).meta["vocab_size"] == meta["n_ids"] == 4096
 
 
 @given(st.text())

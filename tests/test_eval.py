@@ -1,4 +1,4 @@
-"""The laws of eval.py: what training logs is what it measures, and nothing is left out."""
+"""Laws of eval.py: it measures what training logs, and counts everything that it reads."""
 import json
 import math
 import random
@@ -12,13 +12,27 @@ from conftest import one_line, run
 from test_road import train
 
 import eval as evaluation
-from config import UserError
-from data.bins import Bins
-from data.questions import Question, answers, letters, read_questions, sentences, title_questions
-from data.tokenizer import train_bytebpe
-from engine.rundir import load_model
-from engine.score import bits_per_byte, choose, encode_rows, likelihoods, standard_error, windows
+from common.command_line import UserError
+from evaluation.likelihood import (
+    bits_per_byte,
+    choose,
+    encode_rows,
+    likelihoods,
+    standard_error,
+    windows,
+)
+from evaluation.questions import (
+    Question,
+    answer_prompt,
+    letter_prompt,
+    read_questions,
+    title_prompt,
+    title_questions,
+)
 from gpt import GPT, GPTConfig
+from models.folders import load_model
+from tokens.bins import Bins
+from tokens.tokenizer import train_bytebpe
 
 pytestmark = pytest.mark.numeric
 torch.set_num_threads(1)
@@ -37,12 +51,16 @@ def tiny(base):
         yield model.eval(), tok
 
 
-def say(capsys, *words):
-    """What eval.py prints for these words."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["eval.py", *map(str, words)])
+@pytest.fixture
+def output(base, monkeypatch, capsys):
+    """Return a function that runs eval.py with arguments, in base, and returns what it prints."""
+    monkeypatch.chdir(base)
+
+    def run_main(*arguments):
+        monkeypatch.setattr("sys.argv", ["eval.py", *map(str, arguments)])
         evaluation.main()
-    return capsys.readouterr().out
+        return capsys.readouterr().out
+    return run_main
 
 
 def tables(folder):
@@ -53,7 +71,7 @@ def tables(folder):
 
 # ---- bits per byte ----
 
-def test_bits_per_byte_equal_the_training_log(place, monkeypatch, capsys):
+def test_bits_per_byte_equal_the_training_log(place, output, monkeypatch):
     train(place, "--out_dir=out/x", "--eval_tokens=0", "--max_iters=4", "--eval_interval=4")
     lines = (place / "out/x/log.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [entry for entry in map(json.loads, lines) if "bpb" in entry][-1]
@@ -66,8 +84,8 @@ def test_bits_per_byte_equal_the_training_log(place, monkeypatch, capsys):
         assert scores[ours] == pytest.approx(logged[theirs], rel=1e-6)
     split = Bins("demo").meta["splits"]["val"]
     assert all(scores[k] == split[k] for k in ("documents", "tokens", "bytes", "characters"))
-    said = say(capsys, "bpb", "data/demo", "--stride=8")  # of the newest model
-    nats = re.search(r"stride 8\nnats per token (\S+)  bits per byte", said)
+    printed = output("bpb", "data/demo", "--stride=8")  # of the newest model
+    nats = re.search(r"stride 8\nnats per token (\S+)  bits per byte", printed)
     assert nats and float(nats[1]) != pytest.approx(scores["nats"], abs=1e-4)
 
 
@@ -87,7 +105,7 @@ def test_every_token_is_predicted_once_with_the_context_its_stride_leaves(n, str
 
 def test_a_set_is_encoded_anew_for_a_model_with_another_tokenizer(place, monkeypatch):
     monkeypatch.chdir(place)
-    texts = [text for text, _ in evaluation.documents(Bins("demo"), "val")]
+    texts = [text for text, _ in evaluation.read_documents(Bins("demo"), "val")]
     tok = train_bytebpe(texts, 300)
     model = GPT(GPTConfig(vocab_size=384, block_size=64, n_layer=1, n_head=2, n_embd=16)).eval()
     with open("val.jsonl", "w", encoding="utf-8") as f:
@@ -105,11 +123,11 @@ def test_a_set_is_encoded_anew_for_a_model_with_another_tokenizer(place, monkeyp
 
 # ---- likelihoods ----
 
-def test_likelihoods_equal_those_read_one_at_a_time(tiny):
+def test_batched_likelihoods_equal_those_of_single_rows(tiny):
     model, tok = tiny
     questions = [Question("水是什么？" * n, ["一种液体。", "山", "春天的风很大。", "山"], 0) for n in (1, 3)]
-    rows = [row for q in questions for ask in (letters, answers, sentences)
-            for row in encode_rows(tok, *ask(q), [tok.eot], model.config.block_size)[0]]
+    rows = [row for q in questions for make_prompt in (letter_prompt, answer_prompt, title_prompt)
+            for row in encode_rows(tok, *make_prompt(q), [tok.eot], model.config.block_size)[0]]
     naive = []
     for ids, given in rows:
         logp = model(torch.tensor([ids[:-1]]))[0].float().log_softmax(-1)
@@ -120,19 +138,19 @@ def test_likelihoods_equal_those_read_one_at_a_time(tiny):
     assert text.endswith("一种液体。") and len(rows) == 24
 
 
-def test_a_prompt_too_long_loses_its_beginning_and_is_counted(tiny):
+def test_the_beginning_of_a_long_prompt_is_cut_off_and_counted(tiny):
     model, tok = tiny
     long = Question("很长的问题。" * 200, ["甲", "乙"], 1)
-    rows, cut = encode_rows(tok, *answers(long), [], 128)
+    rows, cut = encode_rows(tok, *answer_prompt(long), [], 128)
     assert cut and [len(ids) for ids, _ in rows] == [129, 129]
     assert [tok.decode(ids[given:])[-1] for ids, given in rows] == ["甲", "乙"]
     short = Question("短", ["甲", "乙"], 0)
-    chosen, n_cut = choose(model, tok, [answers(long), answers(short)], [], 8)
+    chosen, n_cut = choose(model, tok, [answer_prompt(long), answer_prompt(short)], [], 8)
     assert n_cut == 1 and len(chosen) == 2
 
 
-class Rigged(torch.nn.Module):
-    """Expects, after any beginning of the rows it was shown, what comes next in them."""
+class Knowing(torch.nn.Module):
+    """After each prefix of the given rows it predicts the next id of the row."""
 
     def __init__(self, rows, vocab_size):
         super().__init__()
@@ -149,16 +167,18 @@ class Rigged(torch.nn.Module):
         return 2**16
 
 
-@pytest.mark.parametrize("ask", [letters, answers, sentences])
-def test_a_model_that_knows_the_answers_has_them_all_right(ask, tiny):
+@pytest.mark.parametrize("make_prompt", [letter_prompt, answer_prompt, title_prompt])
+def test_a_model_that_knows_the_answers_chooses_them(make_prompt, tiny):
     tok = tiny[1]
     options = ["春天的风", "水", "红色的山，很高", "一条河"]
     questions = [Question(f"第{i}题是什么？", options, i % 4) for i in range(8)]
-    rows = [encode_rows(tok, *ask(q), [], 1024)[0][q.answer] for q in questions]
-    chosen, _ = choose(Rigged(rows, tok.n_ids), tok, [ask(q) for q in questions], [], 4)
+    rows = [encode_rows(tok, *make_prompt(q), [], 1024)[0][q.answer] for q in questions]
+    prompts = [make_prompt(q) for q in questions]
+    chosen, _ = choose(Knowing(rows, tok.vocab_size), tok, prompts, [], 4)
     assert chosen == [q.answer for q in questions]
-    wrong = [encode_rows(tok, *ask(q), [], 1024)[0][q.answer - 1] for q in questions]
-    chosen, _ = choose(Rigged(wrong, tok.n_ids), tok, [ask(q) for q in questions], [], 4)
+    wrong = [encode_rows(tok, *prompt, [], 1024)[0][q.answer - 1]
+             for q, prompt in zip(questions, prompts)]
+    chosen, _ = choose(Knowing(wrong, tok.vocab_size), tok, prompts, [], 4)
     assert chosen == [(q.answer - 1) % 4 for q in questions]
 
 
@@ -178,27 +198,26 @@ def test_every_row_is_a_question_or_counted(tmp_path):
     subjects = read_questions([tables(folder)], "关于{subject}：", tmp_path / "names.json")
     (law, no_law), (physics, none), (sky, no_sky) = subjects.values()
     assert (len(law), len(physics), len(sky)) == (1, 2, 2) and not none
-    assert no_law == {"the answer is none of the options": 2, "a question or option is empty": 1,
+    assert no_law == {"the answer is not one of the options": 2, "a question or option is empty": 1,
                       "not CSV": 1}
-    assert no_sky == {"not JSON": 1, "the answer is none of the options": 1}
+    assert no_sky == {"not JSON": 1, "the answer is not one of the options": 1}
     assert law[0] == Question("长江, 流入\n哪里？", ["东海", "黄海", "南海", "渤海"], 0, "关于法学：\n\n")
-    assert letters(physics[1]) == (
+    assert letter_prompt(physics[1]) == (
         "关于物理：\n\n一加一等于几？\nA. 一\nB. 二\nC. 三\nD. 四\n答案：", [" A", " B", " C", " D"])
     assert [q.answer for q in sky] == [1, 0] and sky[0].options == ["红", "蓝"]
-    assert answers(sky[0])[0] == "天是什么颜色？\n答案："
+    assert answer_prompt(sky[0])[0] == "天是什么颜色？\n答案："
 
 
-def test_choice_prints_every_subject_and_both_means(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(base)
-    said = say(capsys, "choice", tables(tmp_path), "--model=out/tiny/best")
-    rows = [line.split() for line in said.splitlines() if "±" in line][1:]
+def test_choice_prints_every_subject_and_both_means(output, tmp_path):
+    printed = output("choice", tables(tmp_path), "--model=out/tiny/best")
+    rows = [line.split() for line in printed.splitlines() if "±" in line][1:]
     assert [row[:3] for row in rows] == [["5", "1", "25.00%"], ["2", "2", "25.00%"],
                                          ["4", "2", "37.50%"], ["11", "5", "30.00%"]]
-    assert "skipped 1: not CSV" in said and "mean of 3 subjects" in said
+    assert "skipped 1: not CSV" in printed and "mean of 3 subjects" in printed
 
 
-def test_titles_make_questions_whose_options_all_differ(base, monkeypatch, capsys):
-    texts = [text for text, _ in evaluation.documents(Bins("demo", base / "data"), "val")]
+def test_titles_make_questions_whose_options_all_differ(base, output):
+    texts = [text for text, _ in evaluation.read_documents(Bins("demo", base / "data"), "val")]
     questions, skipped = title_questions([*texts, "没有标题的文字。"], seed=1)
     assert len(questions) == 42 and skipped.total() == 1
     for q, text in zip(questions, texts):
@@ -206,9 +225,8 @@ def test_titles_make_questions_whose_options_all_differ(base, monkeypatch, capsy
         assert text.startswith(f"{q.text}\n\n{q.options[q.answer]}")
     assert questions == title_questions(texts, seed=1)[0] != title_questions(texts, seed=2)[0]
     assert {q.answer for q in questions} == {0, 1, 2, 3}
-    monkeypatch.chdir(base)
-    said = say(capsys, "cloze", "--model=out/tiny/best")
-    assert re.search(r"42 +42 +25.00%.*data.demo", said), said
+    printed = output("cloze", "--model=out/tiny/best")
+    assert re.search(r"42 +42 +25.00%.*data.demo", printed), printed
 
 
 # ---- memorisation ----
@@ -227,42 +245,39 @@ def test_overlap_is_the_longest_common_passage():
         assert share == sum(any(g in d for d in docs) for g in grams) / max(1, n)
 
 
-def test_overlap_finds_exactly_a_planted_passage(base, monkeypatch, capsys):
-    monkeypatch.chdir(base)
-    train_text = [text for text, _ in evaluation.documents(Bins("demo"), "train")][100]
+def test_overlap_finds_exactly_a_planted_passage(output, monkeypatch):
+    train_text = [text for text, _ in evaluation.read_documents(Bins("demo"), "train")][100]
     planted = train_text[5:45]
-    monkeypatch.setattr(evaluation, "continue_starts",
+    monkeypatch.setattr(evaluation, "continue_texts",
                         lambda *words: [("", "壹"), ("", f"㐀{planted}㐀")])
-    said = say(capsys, "overlap", "demo", "--model=out/tiny/best")
-    assert f"40 characters: {planted!r}" in said and "held-out text, 43 characters" in said
+    printed = output("overlap", "demo", "--model=out/tiny/best")
+    assert f"40 characters: {planted!r}" in printed and "held-out text, 43 characters" in printed
 
 
-def test_samples_are_those_of_their_seeds(base, monkeypatch, capsys):
-    monkeypatch.chdir(base)
+def test_samples_are_those_of_their_seeds(output):
     words = ("overlap", "demo", "--model=out/tiny/best", "--max_new_tokens=12", "--starts=水|山")
-    one, two, other = (say(capsys, *words, "--num_samples=3", f"--seed={s}") for s in (1, 1, 9))
+    one, two, other = (output(*words, "--num_samples=3", f"--seed={s}") for s in (1, 1, 9))
     assert one == two != other and "3 samples" in one
 
 
 # ---- refusals ----
 
 @pytest.mark.parametrize("words, part", [
-    ((), "say what to measure: bpb, choice, cloze, overlap"),
+    ((), "name a task: bpb, choice, cloze, overlap"),
     (("choice",), "name files or folders with questions"),
     (("bpb", "nowhere.txt"), "nowhere.txt is neither a prepared set under data/ nor a file"),
-    (("bpb", "demo", "val"), "name one prepared set or text file; this is: demo val"),
+    (("bpb", "demo", "val"), "name one prepared set or text file, not: demo val"),
     (("bpb", "demo", "--stride=999"), "stride=999 is more than the context, 128"),
     (("cloze", "nowhere"), "data/nowhere is not prepared"),
     (("overlap", "demo", "--num_samples=0"), "num_samples=0 is not from 1"),
     (("bpb", "demo", "--model=nowhere/x/y"), "nowhere/x/y: no such folder")])
-def test_bad_words_are_refused(words, part, base, monkeypatch, capsys):
-    monkeypatch.chdir(base)
+def test_bad_arguments_are_refused(words, part, output):
     with pytest.raises(UserError) as error:
-        say(capsys, *words, *["--model=out/tiny/best"][:"--model" not in str(words)])
+        output(*words, *["--model=out/tiny/best"][:"--model" not in str(words)])
     assert part in str(error.value).replace("\\", "/"), error.value
 
 
-def test_without_a_model_one_line_says_how_to_get_one(place):
+def test_without_a_model_the_error_names_the_command(place):
     one_line(run(place, "eval.py", "bpb", "demo"), "eval.py: no base model under out/ yet",
              "pretrain.py")
 
@@ -270,8 +285,8 @@ def test_without_a_model_one_line_says_how_to_get_one(place):
 @pytest.mark.parametrize("name, text, parts", [
     ("a.csv", "Question,A,B,Answer\n问,甲,乙,A\n", ("a.csv:2: no c d", "question, a, b, answer")),
     ("a.jsonl", '\n{"q": "问", "choices": []}\n', ("a.jsonl:2: no question answer", "q, choices")),
-    ("a.jsonl", "[1]\n", ("a.jsonl:1: no question", "no object but a list")),
-    ("a.csv", "Question,A,B,C,D,Answer\n", ("a.csv: there is no question in it",)),
+    ("a.jsonl", "[1]\n", ("a.jsonl:1: no question", "found: a list, not an object")),
+    ("a.csv", "Question,A,B,C,D,Answer\n", ("a.csv: it contains no question",)),
     ("names.json", "[]", ("names.json: not JSON like",)),
     ("none.csv", None, ("none.csv: no such file",))])
 def test_a_bad_table_is_one_line(name, text, parts, tmp_path, monkeypatch):
@@ -283,8 +298,7 @@ def test_a_bad_table_is_one_line(name, text, parts, tmp_path, monkeypatch):
     assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_a_set_without_texts_or_questions_is_refused(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(base)
+def test_a_set_without_texts_or_questions_is_refused(output, tmp_path):
     tok = Bins("demo").tokenizer
     with pytest.raises(UserError, match="holds dialogues"):
         next(evaluation.texts_to_score("demo_chat", tok, Counter()))
@@ -292,5 +306,5 @@ def test_a_set_without_texts_or_questions_is_refused(base, tmp_path, monkeypatch
         title_questions(["无"], 1)
     file = tmp_path / "x.jsonl"
     file.write_text('{"question": "问", "choices": ["甲", "乙"], "answer": 9}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="no question can be asked: 1 x the answer is none"):
-        say(capsys, "choice", file, "--model=out/tiny/best")
+    with pytest.raises(UserError, match="no usable question: 1 x the answer is not one"):
+        output("choice", file, "--model=out/tiny/best")

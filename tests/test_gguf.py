@@ -1,10 +1,9 @@
-"""The laws of the .gguf file: llama.cpp reads it as we read the folder, and computes the same."""
+"""Laws of .gguf files: llama.cpp encodes texts and computes logits as we do with the folder."""
 import json
 import subprocess
 import sys
 import unicodedata
 import urllib.request
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ from conftest import ENV, ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
-from data.tokenizer import load_tokenizer
-from engine import gguf
-from engine.gguf import write_gguf
-from engine.rundir import RunDir, load_model
+from common.command_line import UserError
 from gpt import GPT, GPTConfig
+from models import to_gguf
+from models.folders import load_model, save_model
+from models.to_gguf import write_gguf
+from tokens.tokenizer import load_tokenizer
 
 pytest.importorskip("gguf")
 llama = pytest.importorskip("xllamacpp")
@@ -36,7 +35,7 @@ SHAPES = {"gpt2": dict(arch="gpt2", n_head=4, n_inner=96),
 
 
 class Llama:
-    """llama.cpp with a file loaded, its cache in float32 and attention written out: exact."""
+    """llama.cpp's server with a file loaded; float32 cache, no flash attention: exact."""
 
     def __init__(self, file):
         p = llama.CommonParams()
@@ -60,30 +59,31 @@ class Llama:
         return self.ask("completion", prompt=ids, n_predict=n, temperature=0, repeat_penalty=1.0,
                         return_tokens=True)["tokens"]
 
-    def logprobs(self, ids, n_ids, letter):
-        """Log-probabilities (n_ids,) of what comes after ids.
+    def logprobs(self, ids, vocab_size, letter):
+        """Return the log-probabilities (vocab_size,) of the token after ids.
 
-        The server tells them only of a token that completes a character, so it must draw letter.
+        The server reports them only for a token that completes a character, so a bias makes it
+        sample letter.
         """
-        got = self.ask("completion", prompt=ids, n_predict=1, n_probs=n_ids, temperature=0,
+        got = self.ask("completion", prompt=ids, n_predict=1, n_probs=vocab_size, temperature=0,
                        repeat_penalty=1.0, logit_bias=[[letter, 1000]])
-        logprobs = torch.full((n_ids,), torch.nan)
+        logprobs = torch.full((vocab_size,), torch.nan)
         for t in got["completion_probabilities"][0]["top_logprobs"]:
             logprobs[t["id"]] = t["logprob"]
         return logprobs
 
 
 def random_folder(place, tok, kind="base", **shape):
-    """A model folder as a run writes it, with weights that make every part count."""
+    """Write a model folder as a run does, with weights to which every part contributes."""
     torch.manual_seed(3)
-    config = GPTConfig(vocab_size=-(-tok.n_ids // 128) * 128, n_ids=tok.n_ids, block_size=64,
+    config = GPTConfig(vocab_size=tok.vocab_size, block_size=64,
+                       padded_vocab_size=-(-tok.vocab_size // 128) * 128,
                        **dict(n_layer=2, n_embd=64) | shape)
     model = GPT(config)
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, mean=float(p.dim() == 1 and name.endswith("weight")),
                               std=0.3 if p.dim() == 1 else p.size(1) ** -0.5)
-    run = RunDir(SimpleNamespace(out_dir=place), kind, main=True)
-    run.save_model("best", model, model.state_dict(), tok, {})
+    save_model(place / "best", model, model.state_dict(), tok, kind, {})
     return place / "best"
 
 
@@ -94,7 +94,7 @@ def own(base):
 
 @pytest.fixture(scope="module")
 def chat(own, tmp_path_factory):
-    """llama.cpp with a chat model."""
+    """Return llama.cpp with a chat model."""
     place = tmp_path_factory.mktemp("chat")
     write_gguf(random_folder(place, own, "chat", arch="qwen3", n_head=1), place / "x.gguf")
     return Llama(place / "x.gguf")
@@ -106,13 +106,13 @@ def test_llama_cpp_computes_what_we_compute(shape, dtype, tolerance, own, tmp_pa
     folder, file = random_folder(tmp_path, own, **SHAPES[shape]), tmp_path / "x.gguf"
     write_gguf(folder, file, dtype)
     model, server = load_model(folder.as_posix())[0].eval(), Llama(file)
-    ids = torch.randint(own.n_ids, (50,)).tolist()
+    ids = torch.randint(own.vocab_size, (50,)).tolist()
     with torch.no_grad():
-        ours = model(torch.tensor([ids]))[0, :, :own.n_ids].log_softmax(-1)
+        ours = model(torch.tensor([ids]))[0, :, :own.vocab_size].log_softmax(-1)
     if "gpt2" in shape:
         tolerance = max(tolerance, 5e-3)  # ggml looks GELU up in a table of 16-bit numbers
     for n in (1, 2, 7, 20, 49, 50):
-        theirs = server.logprobs(ids[:n], own.n_ids, own.encode("a")[0])
+        theirs = server.logprobs(ids[:n], own.vocab_size, own.encode("a")[0])
         torch.testing.assert_close(theirs, ours[n - 1], rtol=0, atol=tolerance)
     if dtype == "float32":
         stops = (own.eot, own.im_end)
@@ -120,9 +120,9 @@ def test_llama_cpp_computes_what_we_compute(shape, dtype, tolerance, own, tmp_pa
         assert server.greedy(ids[:9], 30) == [int(i) for i in new]
 
 
-def test_a_run_becomes_a_file_that_begins_texts_as_sample_py_does(base, own, tmp_path):
+def test_a_converted_run_begins_texts_as_sample_py_does(base, own, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "engine.gguf", base / "out/tiny/best", tmp_path / "x.gguf"],
+        [sys.executable, "-m", "models.to_gguf", base / "out/tiny/best", tmp_path / "x.gguf"],
         cwd=ROOT, env=ENV, capture_output=True, text=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0 and "MB" in done.stdout, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
@@ -134,13 +134,13 @@ def test_a_run_becomes_a_file_that_begins_texts_as_sample_py_does(base, own, tmp
         [0.7, 0.9, 1.2])
 
 
-def test_llama_cpp_reads_text_as_we_do(chat, own):
+def test_llama_cpp_encodes_text_as_we_do(chat, own):
     for text in TEXTS:
         assert chat.encode(text) == own.encode(text), text
     assert chat.encode("数学", add_special=True) == own.encode("数学")
 
 
-def test_llama_cpp_reads_any_text_as_we_do(chat, own):
+def test_llama_cpp_encodes_any_text_as_we_do(chat, own):
     @settings(max_examples=200, deadline=None)
     @given(st.text())
     def law(text):
@@ -148,12 +148,12 @@ def test_llama_cpp_reads_any_text_as_we_do(chat, own):
     law()
 
 
-def test_llama_cpp_lays_a_dialogue_out_as_we_do(chat, own):
+def test_llama_cpp_formats_a_dialogue_as_we_do(chat, own):
     messages = [dict(role="system", content="你是小语。"), dict(role="user", content=" 你好\n\n"),
                 dict(role="assistant", content="I'm fine.\n真的"), dict(role="user", content="")]
     prompt = chat.ask("apply-template", messages=messages)["prompt"]
     assert chat.encode(prompt, parse_special=True, add_special=True) == (
-        own.dialogue(messages) + own.header("assistant"))
+        own.encode_chat(messages) + own.role_header("assistant"))
     for end in (own.im_end, own.eot):
         got = chat.ask("completion", prompt="数学", n_predict=9, logit_bias=[[end, 1000]])
         assert got["stop_type"] == "eos" and got["tokens_predicted"] == 1
@@ -170,11 +170,11 @@ def test_llama_cpp_knows_qwens_own_tokenizer(tmp_path):
         assert server.encode(text) == tok.encode(text), text
 
 
-def test_what_is_wrong_is_said_and_leaves_no_file(own, tmp_path, monkeypatch):
+def test_errors_are_one_line_and_leave_no_file(own, tmp_path, monkeypatch):
     def fails(words, *messages):
-        monkeypatch.setattr(sys, "argv", ["gguf.py", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["to_gguf.py", *map(str, words)])
         with pytest.raises((UserError, OSError), match=".*".join(messages)):
-            gguf.main()
+            to_gguf.main()
     file, shape = tmp_path / "x.gguf", dict(arch="gpt2", n_head=1)
     fails(["a"], "name a model and a file")
     fails([tmp_path / "none", file], "no such folder")
@@ -188,6 +188,6 @@ def test_what_is_wrong_is_said_and_leaves_no_file(own, tmp_path, monkeypatch):
     fails([folder, folder], "best")
     (folder / "generation_config.json").write_text("[]", encoding="utf-8")
     fails([folder, file], "generation_config.json")
-    monkeypatch.setattr(gguf, "gguf", None)
+    monkeypatch.setattr(to_gguf, "gguf", None)
     fails([folder, file], "pip install gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["best"]

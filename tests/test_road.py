@@ -1,5 +1,4 @@
 """The laws of the road: training that resumes exactly, fine-tuning, sampling, plain refusals."""
-import itertools
 import json
 import math
 import shlex
@@ -12,20 +11,23 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ENV, ROOT, one_line, read_until, run, run_process, start, succeed, with_sets)
+from conftest import ENV, ROOT, one_line, read_until, run, run_process, start, succeed, with_sets
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pretrain
 import sample
 import sft
-from config import UserError, configure
-from data.batches import DECK, Deck, TextData
-from data.bins import Bins, open_sets
-from engine.machine import choose_dtype
-from engine.rundir import checkpoint_files
+from common.command_line import UserError
+from common.device import choose_dtype
+from common.settings import configure
 from gpt import GPT, GPTConfig
+from models.hf import from_pretrained
+from sampling.text import decode_stream
+from tokens.batches import CYCLE, MixtureSampler, TextData
+from tokens.bins import Bins, open_sets
+from tokens.chat_batches import pack, truncate_dialogue
+from training.checkpoint import checkpoint_files
 
 torch.set_num_threads(1)
 TINY = ["--dataset=demo", "--arch=qwen3", "--n_layer=2", "--n_head=2", "--n_embd=32",
@@ -78,7 +80,7 @@ def test_a_run_killed_three_times_ends_with_the_same_weights(optimizer, place):
         read_until(process, at)
         process.kill()
         process.communicate()
-    assert "going on from" in train(place, *words).stdout
+    assert "resuming from" in train(place, *words).stdout
     assert weights(place / "out/a") == weights(place / "out/b")
     assert curve(place / "out/a") == curve(place / "out/b")
 
@@ -92,9 +94,9 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_exactly(number, 
     process.send_signal(number)
     said = process.communicate()[0]
     assert process.returncode == code and "stopped at step" in said, said
-    assert shlex.split(said.partition("Go on with:  python ")[2])[1:] == words[:-1]
+    assert shlex.split(said.partition("Resume with:  python ")[2])[1:] == words[:-1]
     (saved,) = checkpoint_files(place / "out/b")
-    assert "going on from" in train(place, *words[-3:-1]).stdout and int(saved.stem[10:]) >= 8
+    assert "resuming from" in train(place, *words[-3:-1]).stdout and int(saved.stem[10:]) >= 8
     assert weights(place / "out/a") == weights(place / "out/b")
     assert curve(place / "out/a") == curve(place / "out/b")
 
@@ -118,7 +120,7 @@ def test_a_checkpoint_cut_short_gives_way_to_the_one_before(place):
     newest.write_bytes(newest.read_bytes()[:-1000])
     done = train(place, "--out_dir=out/b")
     assert newest.name in done.stderr and "damaged" in done.stderr
-    assert f"going on from out/b/{older.name}" in done.stdout.replace("\\", "/")
+    assert f"resuming from out/b/{older.name}" in done.stdout.replace("\\", "/")
     assert weights(place / "out/a") == weights(place / "out/b")
     for file in checkpoint_files(place / "out/b"):
         file.write_bytes(b"")
@@ -139,7 +141,7 @@ def test_only_two_checkpoints_are_kept_and_the_models_load(base):
     assert not list(out.glob("*.part"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     for name in ("best", "final"):
-        ours = GPT.from_pretrained(out / name).eval()
+        ours = from_pretrained(out / name).eval()
         theirs = AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32)
         ids = AutoTokenizer.from_pretrained(out / name)("数学是", return_tensors="pt").input_ids
         with torch.no_grad():
@@ -179,14 +181,15 @@ def test_an_epoch_holds_every_window_once_and_the_next_is_cut_elsewhere(demo):
 @hypothesis.settings(max_examples=50, deadline=None)
 def test_a_mixture_deals_each_set_by_weight_and_in_order(weights, seed):
     weights = [w / sum(weights) for w in weights]
-    deck, dealt = Deck(weights, seed), {}
-    for i in range(2 * DECK):
+    deck, dealt = MixtureSampler(weights, seed), {}
+    for i in range(2 * CYCLE):
         k, n = deck.at(i)
         assert n == dealt.get(k, 0)  # no sample of a set is passed over
         dealt[k] = n + 1
     for k, w in enumerate(weights):
-        assert abs(dealt[k] - 2 * DECK * w) <= 2
-    assert [Deck(weights, seed).at(i) for i in (7, 1999, 7)] == [deck.at(i) for i in (7, 1999, 7)]
+        assert abs(dealt[k] - 2 * CYCLE * w) <= 2
+    again = [MixtureSampler(weights, seed).at(i) for i in (7, 1999, 7)]
+    assert again == [deck.at(i) for i in (7, 1999, 7)]
 
 
 @pytest.mark.numeric
@@ -239,7 +242,7 @@ def test_accumulated_gradients_equal_one_batch(demo):
         bins = Bins("demo", demo / "data")
         torch.manual_seed(0)
         model, data = pretrain.make_model(cfg, bins), pretrain.TextData(bins, cfg)
-        trainer = pretrain.Trainer(cfg, pretrain.set_up_machine(cfg), model, data, "base", None)
+        trainer = pretrain.Trainer(cfg, pretrain.init_context(cfg), model, data, "base", None)
         kept = {}
         trainer.update = lambda: kept.update(
             {n: p.grad.clone() for n, p in trainer.model.named_parameters()})
@@ -285,7 +288,7 @@ def test_two_processes_train_as_one_and_one_goes_on_for_them(place):
 @pytest.mark.numeric
 def test_float16_skips_both_optimizers_where_a_gradient_overflows(demo):
     cfg, bins = settings("--optimizer=muon"), Bins("demo", demo / "data")
-    trainer = pretrain.Trainer(cfg, pretrain.set_up_machine(cfg), pretrain.make_model(cfg, bins),
+    trainer = pretrain.Trainer(cfg, pretrain.init_context(cfg), pretrain.make_model(cfg, bins),
                                pretrain.TextData(bins, cfg), "base", None)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = {n: p.clone() for n, p in trainer.model.named_parameters()}
@@ -311,24 +314,22 @@ def test_the_environment_decides_what_auto_means_and_nothing_else(monkeypatch):
 
 # ---- fine-tuning ----
 
-def test_packing_holds_every_item_once_and_overfills_no_row():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 60, 500).tolist()
-    rows = sft.pack(lengths, 128)
-    assert sorted(i for row in rows for i in row) == list(range(500))
-    sums = [sum(lengths[i] for i in row) for row in rows]
-    assert max(sums) <= 128 and sum(sums) / (len(rows) * 128) > 0.985
+def test_packed_rows_are_full():
+    lengths = np.random.default_rng(0).integers(1, 60, 500).tolist()
+    assert sum(lengths) / (len(pack(lengths, 128)) * 128) > 0.995
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 60))
 @hypothesis.settings(max_examples=100, deadline=None)
-def test_packing_any_lengths_holds_every_item_once(lengths, size):
-    rows = sft.pack(lengths, size)
+def test_packing_puts_every_item_once_into_the_fullest_row_with_room(lengths, size):
+    rows, sums = pack(lengths, size), []
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= size for row in rows)
-    some = sorted(lengths[:8])[::-1]
-    sums = {sum(c) for k in range(9) for c in itertools.combinations(some, k)}
-    assert sum(sft.fill(size, some)) == max(s for s in sums if s <= size)
+    for n in sorted(lengths, reverse=True):
+        best = max((s for s in sums if s + n <= size), default=0)  # 0: a new row
+        if best:
+            sums.remove(best)
+        sums.append(best + n)
+    assert sorted(sums) == sorted(sum(lengths[i] for i in row) for row in rows)
 
 
 def test_packed_rows_train_exactly_the_answers(demo):
@@ -337,30 +338,30 @@ def test_packed_rows_train_exactly_the_answers(demo):
     data = sft.ChatData(bins, cfg)
     trained = []
     for n in range(len(data.rows["train"])):
-        x, y, doc_ids = data.row("train", n)
-        assert len(x) == data.fills["train"][n] <= 128 and (np.diff(doc_ids) >= 0).all()
+        x, y, doc_ids = data.packed_row("train", n)
+        assert len(x) == data.row_lengths["train"][n] <= 128 and (np.diff(doc_ids) >= 0).all()
         for k in range(doc_ids.max() + 1):
             a, b = np.flatnonzero(doc_ids == k)[[0, -1]]
             kept = y[a:b + 1] >= 0
             assert x[a] == tok.im_start and kept.any()
             assert (y[a:b][kept[:-1]] == x[a + 1:b + 1][kept[:-1]]).all()
         trained.append(y[y >= 0])
-    want = [ids[tok.trained(ids)] for ids in data.dialogues["train"]]
+    want = [ids[tok.loss_mask(ids)] for ids in data.dialogues["train"]]
     assert sorted(np.concatenate(trained)) == sorted(np.concatenate(want))
 
 
 def test_an_epoch_of_dialogues_is_every_row_once_and_hardly_padded(demo):
     data = sft.ChatData(Bins("demo_chat", demo / "data"), chat_settings())
-    rows = np.concatenate([data.steps[data.order.at(s)[0]] for s in range(len(data.steps))])
+    rows = np.concatenate([data.rows_of_step(s) for s in range(len(data.steps))])
     assert sorted(rows) == list(range(len(data.rows["train"])))
     filled = total = 0
     for step in range(len(data.steps)):
         micros = [data.batch(step, micro) for micro in range(4)]
         assert data.n_trained(step) == sum(int((y >= 0).sum()) for _, y, _ in micros) > 0
         total += sum(x.numel() for x, _, _ in micros)
-        filled += sum(int(data.fills["train"][n]) for n in data.steps[data.order.at(step)[0]])
+        filled += int(data.row_lengths["train"][data.rows_of_step(step)].sum())
     assert 0.98 < filled / total <= 1
-    ids, targets, doc_ids = data.stack("train", [])  # a micro-batch that gets no row
+    ids, targets, doc_ids = data.collate("train", [])  # a micro-batch that gets no row
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=4096, block_size=128, n_layer=1, n_head=1, n_embd=8))
     loss, n = model(ids, targets, doc_ids)
@@ -368,14 +369,14 @@ def test_an_epoch_of_dialogues_is_every_row_once_and_hardly_padded(demo):
     assert n == 0 and loss == 0 and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_long_dialogue_is_cut_behind_a_message_or_dropped(demo):
+def test_a_long_dialogue_is_cut_after_a_message_or_dropped(demo):
     tok = Bins("demo_chat", demo / "data").tokenizer
     turn = [dict(role="user", content="问"), dict(role="assistant", content="答")]
-    one, many = (np.array(tok.dialogue(turn * n) + [tok.eot]) for n in (1, 4))
-    assert len(sft.fit(many, tok, len(many))) == len(many)
-    cut = sft.fit(many, tok, len(many) - 3)
-    assert cut[-1] == tok.im_end and tok.trained(cut).any() and len(cut) < len(many) - 2
-    assert len(sft.fit(many, tok, len(one) // 2)) == 0
+    one, many = (np.array(tok.encode_chat(turn * n) + [tok.eot]) for n in (1, 4))
+    assert len(truncate_dialogue(many, tok, len(many))) == len(many)
+    cut = truncate_dialogue(many, tok, len(many) - 3)
+    assert cut[-1] == tok.im_end and tok.loss_mask(cut).any() and len(cut) < len(many) - 2
+    assert len(truncate_dialogue(many, tok, len(one) // 2)) == 0
 
 
 @pytest.mark.numeric
@@ -390,7 +391,7 @@ def test_fine_tuning_goes_from_base_to_chat_and_resumes_exactly(base, place):
     read_until(process, "step 5/")
     process.kill()
     process.communicate()
-    assert "going on from" in succeed(run(place, "sft.py", *words, "--out_dir=out/b")).stdout
+    assert "resuming from" in succeed(run(place, "sft.py", *words, "--out_dir=out/b")).stdout
     assert weights(place / "out/a") == weights(place / "out/b")
     file = place / "out/a/best/generation_config.json"
     generation = json.loads(file.read_text(encoding="utf-8"))
@@ -404,7 +405,7 @@ def test_fine_tuning_goes_from_base_to_chat_and_resumes_exactly(base, place):
 
 def test_a_set_of_another_vocabulary_is_refused(base, place):
     shutil.copytree(base / "out", place / "out")
-    chat = ROOT / "data/demo/raw/chat.jsonl"
+    chat = ROOT / "data/raw/demo/chat.jsonl"
     succeed(run(place, "prepare.py", "chat", chat, "--tokenizer=bytebpe", "--vocab_size=500"))
     one_line(run(place, "sft.py", "--dataset=chat"), "another tokenizer",
              "--tokenizer=out/tiny/best")
@@ -421,11 +422,11 @@ def test_sampling_takes_the_newest_model_and_repeats_with_its_seed(base):
     assert first.stdout == second.stdout and first.stdout.startswith("数学是")
     assert "out/tiny/best" in first.stderr.replace("\\", "/")
     one, two = first.stdout.split(f"\n{'-' * 20}\n")
-    assert f"{one}\n" == run(base, "sample.py", *words).stdout  # drawn alone, as it comes
+    assert f"{one}\n" == run(base, "sample.py", *words).stdout  # a single sample is streamed
     assert two == run(base, "sample.py", *words[:2], "--seed=4").stdout != one
 
 
-def test_a_text_longer_than_the_context_is_cut_and_said(base, tmp_path):
+def test_a_text_longer_than_the_context_is_cut_with_a_warning(base, tmp_path):
     (tmp_path / "long.txt").write_text("长江" * 300, encoding="utf-8")
     done = run(base, "sample.py", f"--start=FILE:{tmp_path / 'long.txt'}", "--max_new_tokens=150")
     assert done.returncode == 0 and "only the last 64 are read" in done.stderr, done.stderr
@@ -449,7 +450,7 @@ class Scripted:
 
 
 def byte_ids(tok, data):
-    """Ids of one byte each."""
+    """Return the ids of single bytes."""
     ids = {tok.decode_bytes([i]): i for i in range(256)}
     return [ids[data[i:i + 1]] for i in range(len(data))]
 
@@ -460,7 +461,7 @@ def byte_ids(tok, data):
 def test_streamed_text_equals_the_text_decoded_at_once(tok, raw):
     model = Scripted([*byte_ids(tok, raw), tok.im_end])
     cfg = configure(sample.__file__, [], files=False)[0]
-    text = "".join(sample.stream(model, tok, tok.encode("数学"), cfg, 1))
+    text = "".join(sample.generate_text(model, tok, tok.encode("数学"), cfg, 1))
     assert text == raw.decode("utf-8", errors="ignore")
 
 
@@ -477,7 +478,7 @@ def test_a_stop_text_ends_a_sample(tok, demo, monkeypatch):
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_text_ends_before_the_first_stop_however_it_is_cut(text, stops):
     raw = text.encode()
-    shown = "".join(sample.visible([raw[i:i + 1] for i in range(len(raw))], stops))
+    shown = "".join(decode_stream([raw[i:i + 1] for i in range(len(raw))], stops))
     ends = [text.find(s, 0) + len(s) for s in stops if s in text]
     first = min(ends, default=0)  # the stop that is complete first
     found = [text.find(s) for s in stops if s in text[:first]]
@@ -495,7 +496,8 @@ def test_text_ends_before_the_first_stop_however_it_is_cut(text, stops):
     (("--batch_size=0",), "batch_size=0"), (("--n_head=3",), "not a multiple of n_head 3"),
     (("--arch=llama",), "'llama'"), (("--optimizer=sgd",), "sgd"), (("--dtype=int8",), "int8"),
     (("--device=tpu9",), "tpu9"), (("--device=meta",), "device=meta"),
-    (("--max_iters=9223372036854775807",), "below 2^40"), (("--init_from=no/such",), "no/such"),
+    (("--max_iters=9223372036854775807",), "is not from 1 to"),
+    (("--init_from=no/such",), "no/such"),
     (("--dropout=1",), "dropout")])
 def test_what_pretrain_cannot_do_is_one_line(words, what, place):
     one_line(run(place, "pretrain.py", *TINY, *words), "pretrain.py: ", what)

@@ -3,30 +3,29 @@ import contextlib
 import itertools
 import json
 import shutil
-import subprocess
 import sys
 import types
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, one_line, run, run_process, succeed
-from test_gpt import make, random_ids
 from test_road import TINY, back_to_the_checkpoint_before, chat_settings, curve, settings, train
 
-import gpt
 import pretrain
 import sample
 import sft
-from config import UserError, configure, run_main
-from data import files, pool
-from data.bins import Bins
-from engine import machine as machines
-from engine import plan, rundir
-from engine.rundir import RunDir, checkpoint_files
+from common import device, files
+from common.command_line import UserError, run_main
+from common.settings import configure
+from corpus import pool
 from gpt import GPT, Cache, linear_cross_entropy
+from models import folders
+from models.hf import from_pretrained
+from test_gpt import make, random_ids
+from tokens.bins import Bins
+from training import checkpoint, estimate, optim, runlog
+from training.checkpoint import checkpoint_files
 
 torch.set_num_threads(1)
 
@@ -44,14 +43,14 @@ def test_a_longer_run_that_ends_before_final_is_whole_is_not_finished(script, ba
         script, f"--init_from={base / 'out/tiny/best'}", "--dataset=demo_chat", "--batch_size=2",
         "--gradient_accumulation_steps=1", "--eval_interval=4", "--checkpoint_interval=4"]
     succeed(run(place, *words, "--out_dir=out/x", "--max_iters=4"))
-    plain = RunDir.save_model
+    plain = pretrain.save_model
 
-    def full(self, name, *more):
-        if name == "final":
+    def full(folder, *more):
+        if folder.name == "final":
             raise UserError("Is the disk full?")
-        plain(self, name, *more)
+        plain(folder, *more)
     with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "save_model", full)
+        patch.setattr(pretrain, "save_model", full)
         one_line(run(place, *words, "--out_dir=out/x", "--max_iters=8"), "Is the disk full?")
     assert config_of(place / "out/x/final")["step"] == 4
     done = succeed(run(place, *words, "--out_dir=out/x", "--max_iters=8"))
@@ -59,7 +58,7 @@ def test_a_longer_run_that_ends_before_final_is_whole_is_not_finished(script, ba
     config = config_of(place / "out/x/final")
     assert config["step"] == 8 and config["val_loss"] == [e for e in curve(place / "out/x")
                                                           if e[2]][-1][2]
-    final = GPT.from_pretrained(place / "out/x/final").state_dict()
+    final = from_pretrained(place / "out/x/final").state_dict()
     last = torch.load(checkpoint_files(place / "out/x")[0], weights_only=True)["model"]
     assert all(torch.equal(last[name], final[name]) for name in last)
     done = succeed(run(place, *words, "--out_dir=out/x", "--max_iters=8"))
@@ -78,6 +77,32 @@ def test_a_model_made_before_its_first_checkpoint_is_kept_from_other_settings(pl
     # the same tokens per step in other micro-batches, and what is shown, make no other run
     same = ("--batch_size=8", "--gradient_accumulation_steps=1", "--log_interval=5")
     succeed(run(place, "pretrain.py", *words, *same))
+
+
+def test_a_run_killed_before_its_first_step_does_not_refuse_itself(place, monkeypatch):
+    def killed(cfg, path):
+        (path / "tensorboard").mkdir()
+        raise KeyboardInterrupt
+    words = ("pretrain.py", *TINY, "--out_dir=out/x", "--max_iters=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog, "open_trackers", killed)
+        assert run(place, *words).returncode == 130
+    one_line(run(place, *words, "--dropout=0"), "out/x holds tensorboard")  # another run
+    succeed(run(place, *words))
+
+
+def test_the_old_model_is_read_while_the_new_one_is_not_in_place(base, place):
+    shutil.copytree(base / "out/tiny", place / "out/x")
+    (place / "out/x/best").rename(place / "out/x/best.old")
+    (place / "out/x/final").rename(place / "out/x/final.old")
+    words = ("sample.py", "--start=数学", "--max_new_tokens=4")
+    for more in ((), ("--model=out/x/best",)):
+        assert "out/x/best" in succeed(run(place, *words, *more)).stderr
+    done = train(place, "--out_dir=out/x", "--block_size=128", "--max_iters=12")
+    assert "is finished at step 12" in done.stdout
+    train(place, "--out_dir=out/x", "--block_size=128", "--max_iters=14")
+    assert not list((place / "out/x").glob("*.old"))
+    assert config_of(place / "out/x/final")["step"] == 14
 
 
 # ---- a chat that is stopped ----
@@ -121,9 +146,10 @@ SHARDED = """
 import sys
 sys.path.insert(0, {root!r})
 import torch.distributed as dist
-import gpt, pretrain
-from config import run_main
-done, plain, plain_step = [0], gpt.orthogonalize, pretrain.Trainer.update
+import pretrain
+from training import optim
+from common.command_line import run_main
+done, plain, plain_step = [0], optim.orthogonalize, pretrain.Trainer.update
 def count(g, steps=5):
     done[0] += len(g)
     return plain(g, steps)
@@ -138,12 +164,12 @@ class Waited(pretrain.TextData):
         if micro >= dist.get_world_size():  # after this process's first micro-batch
             assert all(hasattr(p.grad, "to_local") for p in model[0].parameters())
         return super().batch(step, micro)
-model, plain_parallelize = [], pretrain.machines.parallelize
-def parallelize(m, machine):
+model, plain_wrap = [], pretrain.wrap_model
+def wrap_model(m, ctx):
     model.append(m)
-    return plain_parallelize(m, machine)
-gpt.orthogonalize, pretrain.Trainer.update = count, update
-pretrain.TextData, pretrain.machines.parallelize = Waited, parallelize
+    return plain_wrap(m, ctx)
+optim.orthogonalize, pretrain.Trainer.update = count, update
+pretrain.TextData, pretrain.wrap_model = Waited, wrap_model
 run_main(pretrain.main, pretrain.__file__)
 """
 
@@ -169,44 +195,46 @@ def test_a_sharded_run_shares_gradients_muon_and_the_losses_it_keeps(place):
 def test_the_main_process_alone_checks_a_checkpoint_for_all(place, monkeypatch):
     train(place, "--out_dir=out/x", "--max_iters=4")
     monkeypatch.chdir(place)
-    machine = SimpleNamespace(main=False, world=2, launches=[])
-    monkeypatch.setattr(rundir, "largest", lambda step, machine: 4)  # what the main process found
+    ctx = SimpleNamespace(is_main=False, world_size=2, launches=[])
+    # 4: what the main process found
+    monkeypatch.setattr(checkpoint, "all_reduce_max", lambda step, ctx: 4)
     monkeypatch.setattr("zipfile.ZipFile", None)
     cfg, bins = settings("--out_dir=out/x"), Bins("demo", place / "data")
-    assert rundir.find_checkpoint(cfg, bins, machine)["step"] == 4
+    assert checkpoint.find_checkpoint(cfg, bins, ctx)["step"] == 4
     cfg.out_dir = "out/elsewhere"
     with pytest.raises(UserError, match="ckpt_step_4.pt is not there for every process"):
-        rundir.find_checkpoint(cfg, bins, machine)
+        checkpoint.find_checkpoint(cfg, bins, ctx)
 
 
 def test_a_restart_with_overwrite_goes_on_with_its_own_run_alone(place, monkeypatch):
     def attempt(launch, number, *words):
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/{launch}/attempt_{number}/0/error.json")
+        file = f"/tmp/{launch}/attempt_{number}/0/error.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
         return train(place, "--out_dir=out/a", *words).stdout
     attempt("first", 0, "--max_iters=4")
     for words in (("--overwrite",), ("--init_from=scratch", "--overwrite")):
         # this attempt is the first that came as far as to remove the old run
-        assert "going on from" not in attempt("second", 1, *words, "--max_iters=4")
-        assert "going on from" in attempt("second", 2, *words, "--max_iters=6")
-        assert "going on from" not in attempt("first", 1, *words, "--max_iters=4")
+        assert "resuming from" not in attempt("second", 1, *words, "--max_iters=4")
+        assert "resuming from" in attempt("second", 2, *words, "--max_iters=6")
+        assert "resuming from" not in attempt("first", 1, *words, "--max_iters=4")
 
 
 # ---- Muon in slices ----
 
 @pytest.mark.numeric
 def test_muon_in_slices_equals_muon_at_once_and_keeps_to_its_size(monkeypatch):
-    sizes, plain = [], gpt.orthogonalize
+    sizes, plain = [], optim.orthogonalize
 
     def note(g, steps=5):
         sizes.append(g.numel())
         return plain(g, steps)
-    monkeypatch.setattr(gpt, "orthogonalize", note)
+    monkeypatch.setattr(optim, "orthogonalize", note)
     results = []
     for slice_numel in (2**24, 2 * 32 * 32):
-        monkeypatch.setattr(gpt.Muon, "slice_numel", slice_numel)
+        monkeypatch.setattr(optim.Muon, "slice_numel", slice_numel)
         model = make("qwen3")
-        opt = gpt.Muon([p for p in model.blocks.parameters() if p.dim() == 2], 0.01, 0.1)
+        opt = optim.Muon([p for p in model.blocks.parameters() if p.dim() == 2], 0.01, 0.1)
         generator = torch.Generator().manual_seed(0)
         for _ in range(2):
             for p in model.parameters():
@@ -245,16 +273,17 @@ class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("n_embd, n_layer", [(32, 8), (64, 2)])
 def test_the_plan_knows_what_a_step_of_muon_holds(n_embd, n_layer, monkeypatch):
-    monkeypatch.setattr(gpt.Muon, "slice_numel", 2**14)
+    monkeypatch.setattr(optim.Muon, "slice_numel", 2**14)
     model = make("qwen3", n_embd=n_embd, n_layer=n_layer)
-    opt = gpt.Muon([p for p in model.blocks.parameters() if p.dim() == 2], 0.01, 0.1)
+    opt = optim.Muon([p for p in model.blocks.parameters() if p.dim() == 2], 0.01, 0.1)
     for _ in range(2):  # the first makes the momentum, which is planned elsewhere
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         with LiveBytes() as held:
             opt.step()
-    assert 0.8 * plan.muon_bytes(model, "muon") < held.most < 1.05 * plan.muon_bytes(model, "muon")
-    assert plan.muon_bytes(model, "adamw") == 0
+    planned = estimate.muon_bytes(model, "muon")
+    assert 0.8 * planned < held.most < 1.05 * planned
+    assert estimate.muon_bytes(model, "adamw") == 0
 
 
 # ---- speed and time ----
@@ -264,7 +293,8 @@ def test_speed_and_time_to_go_are_of_training_alone(place, monkeypatch):
     monkeypatch.setattr(pretrain.time, "perf_counter", lambda: now[0])
     for owner, name, seconds in ((pretrain.Trainer, "train_step", 2), (GPT, "generate", 50),
                                  (pretrain.Trainer, "val_loss", 100),
-                                 (RunDir, "save_checkpoint", 1000), (RunDir, "save_model", 500)):
+                                 (pretrain, "save_checkpoint", 1000),
+                                 (pretrain, "save_model", 500)):
         def slow(*words, plain=getattr(owner, name), seconds=seconds, **more):
             now[0] += seconds
             return plain(*words, **more)
@@ -296,8 +326,8 @@ def test_tokens_of_dialogues_are_counted_without_padding(demo):
     ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA TITAN", None)])
 def test_the_peak_of_a_card_is_that_of_its_variant(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    machine = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, world=2)
-    assert machines.peak_flops(machine) == (peak and 2 * peak)
+    got = device.peak_flops(torch.device("cuda"), torch.bfloat16, world_size=2)
+    assert got == (peak and 2 * peak)
 
 
 def test_cores_that_the_container_does_not_have_are_not_counted(monkeypatch):
@@ -315,9 +345,8 @@ def test_sampling_in_a_compiled_run_compiles_nothing(demo, tmp_path):
     for block in model.blocks:
         block.compile(backend="eager")
     data = pretrain.TextData(bins, cfg)
-    machine = pretrain.set_up_machine(cfg)
-    trainer = pretrain.Trainer(cfg, machine, model, data, "base", None)
-    trainer.files.main = False
+    trainer = pretrain.Trainer(cfg, pretrain.init_context(cfg), model, data, "base", None)
+    trainer.runlog.is_main = False
     stats = torch._dynamo.utils.counters["stats"]
     trainer.train_step()
     prompts, data.prompts = data.prompts, lambda: ()
@@ -369,7 +398,7 @@ def test_windows_locks_and_waits_for_a_reader(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="does another program have it open"):
         files.replace(tmp_path / "b", tmp_path / "c")
     assert sum(slept) < 3
-    with pytest.raises(UserError) as error, rundir.whole_or_nothing(tmp_path / "b"):
+    with pytest.raises(UserError) as error, folders.atomic_write(tmp_path / "b"):
         files.replace(tmp_path / "b", tmp_path / "c")
     assert "another program" in str(error.value) and "disk full" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""The laws of the sources: every raw form is read, and every document is accounted for."""
+"""Sources: every raw format is read, and every document is written or counted as dropped."""
 import bz2
 import gzip
 import hashlib
@@ -17,20 +17,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ENV, ROOT, SHARED, one_line, run, run_process, start, succeed
+from conftest import ENV, ROOT, SHARED, one_line, run, run_process, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_data import checked_counts, documents
 
 import prepare
-from config import UserError
-from data import files, records
-from data.bins import Bins
-from data.clean import Rules, chinese_share, clean_document
-from data.files import Dropped, encoding_of
-from data.records import json_lines, json_values
-from data.sources import SOURCES, WikiPage, dialogues
-from data.tokenizer import load_tokenizer, train_bytebpe
-from data.wikitext import plain, tidy
+from common.command_line import UserError
+from corpus import files, records
+from corpus.chats import dialogues
+from corpus.clean import Rules, chinese_share, clean_document
+from corpus.files import Dropped, encoding_of
+from corpus.records import json_lines, json_values
+from corpus.sources import SOURCES, WikiPage
+from corpus.wikitext import plain, tidy
+from tokens.bins import SPLITS, Bins
+from tokens.tokenizer import load_tokenizer, train_bytebpe
 
 SAMPLES = SHARED / "samples"
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -61,22 +63,14 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def books(name):
-    """meta.json of a set, its books checked."""
-    meta = Bins(name).meta
-    for c in meta["sources"].values():
-        assert c["read"] == c["written"] + sum(c["dropped"].values())
-    return meta
+def counts_of(name, source="text"):
+    return checked_counts(Bins(name))[source]
 
 
-def texts(name):
-    """All documents of a set as a reader sees them, in no order."""
+def texts(name, splits=SPLITS):
+    """Return the plain text of all documents of a set."""
     bins = Bins(name)
-    whole = []
-    for split in ("train", "val"):
-        starts, tokens = bins.starts(split), bins.tokens(split)
-        whole += [bins.tokenizer.visible(tokens[a:b]).decode() for a, b in zip(starts, starts[1:])]
-    return whole
+    return [bins.tokenizer.plain_text(d).decode() for s in splits for d in documents(bins, s)]
 
 
 # ---- golden counts ----
@@ -106,14 +100,14 @@ def test_samples_of_every_form_give_the_documents_counted_in_them(words, here, t
     source, *rest = words.split()
     rest = [w if w.startswith("--") else str(SAMPLES / w) for w in rest]
     prepare.main([source, *rest, tokenizer, "--name=x"])
-    counts = books("x")["sources"][source]
+    counts = counts_of("x", source)
     assert (counts["read"], counts["written"], counts["dropped"]) == GOLDEN[words]
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
 def test_chat_tells_every_form_by_its_content(here, tokenizer):
     prepare.main(["chat", str(SAMPLES), tokenizer, "--name=x"])
-    counts = books("x")["sources"]["chat"]
+    counts = counts_of("x", "chat")
     wanted = ("alpaca", "belle", "sharegpt", "webqa", "dureader", "messages", "gbk", "squad_style")
     assert counts["read"] == sum(GOLDEN[k][0] for k in GOLDEN if k.endswith(wanted))
 
@@ -122,7 +116,7 @@ def test_chat_tells_every_form_by_its_content(here, tokenizer):
 
 def test_a_dump_becomes_the_text_a_reader_sees(here, tokenizer):
     prepare.main(["wiki", str(FIXTURES / "zhwiki.xml"), tokenizer, "--name=x"])
-    counts = books("x")["sources"]["wiki"]
+    counts = counts_of("x", "wiki")
     assert counts["read"] == 8 and counts["written"] == 2
     assert counts["dropped"] == {"redirect": 2, "other namespace": 2, "disambiguation": 1,
                                  "empty": 1}
@@ -137,12 +131,9 @@ def test_a_dump_becomes_the_text_a_reader_sees(here, tokenizer):
 def test_a_dump_in_utf16_and_bz2_is_the_same_dump(here):
     text = (FIXTURES / "zhwiki.xml").read_text(encoding="utf-8")
     (here / "a.xml.bz2").write_bytes(bz2.compress(text.encode("utf-16")))
-    ours = [list(SOURCES["wiki"].documents([file])) for file in
-            ("a.xml.bz2", str(FIXTURES / "zhwiki.xml"))]
-    assert [getattr(d, "raw", d) and type(d) for d in ours[0]] == [
-        getattr(d, "raw", d) and type(d) for d in ours[1]]
-    assert [d.raw for d in ours[0] if isinstance(d, WikiPage)] == [
-        d.raw for d in ours[1] if isinstance(d, WikiPage)]
+    ours, theirs = ([getattr(d, "raw", type(d)) for d in SOURCES["wiki"].documents([file])]
+                    for file in ("a.xml.bz2", str(FIXTURES / "zhwiki.xml")))
+    assert ours == theirs
 
 
 def test_what_extractors_leave_is_tidied():
@@ -198,7 +189,7 @@ def test_encodings_are_told_apart(encoding, here):
 
 @pytest.mark.parametrize("data, encoding", [
     (b"a" * 50 + b"\n", "utf-8"), (b"", "utf-8"), ("It\ufffds a nice day".encode(), "utf-8"),
-    ((b"a" * (files.HEAD - 1) + "好".encode())[:files.HEAD], "utf-8"),  # cut inside a character
+    (b"a" * (files.SNIFF_BYTES - 1) + "好".encode()[:1], "utf-8"),  # cut inside a character
     (TEXT.encode() * 9 + b"\0" * 300, "utf-8"), (TEXT.encode() * 9 + b"\xff\x80", "utf-8"),
     (b"hello " * 50 + "好".encode() + b"\x80", "utf-8"),
     ("分久必合，合久必分。".encode("gbk"), "gb18030"),
@@ -210,10 +201,9 @@ def test_odd_files_have_the_encoding_that_makes_sense(data, encoding):
 def test_news_are_read_in_any_encoding(here):
     lines = "".join(f"体育\t有第{i}条新闻。\n" for i in range(5))
     for encoding in ("utf-8", "utf-16", "gbk", "utf-16-le"):
-        (here / "lines.txt").write_bytes(lines.encode(encoding))
-        (here / "whole.txt").write_bytes("有一条新闻\n\u3000\u3000有正文。".encode(encoding))
-        assert len(list(SOURCES["thucnews"].documents(["lines.txt"]))) == 5, encoding
-        assert len(list(SOURCES["thucnews"].documents(["whole.txt"]))) == 1, encoding
+        for text, n in ((lines, 5), ("有一条新闻\n\u3000\u3000有正文。", 1)):
+            (here / "a.txt").write_bytes(text.encode(encoding))
+            assert len(list(SOURCES["thucnews"].documents(["a.txt"]))) == n, encoding
 
 
 def test_compressed_files_are_read_as_they_are(here):
@@ -231,10 +221,13 @@ def test_compressed_files_are_read_as_they_are(here):
     os.replace("a.jsonl.gz", "A.JSONL.GZ")
     assert len(list(SOURCES["text"].documents(["A.JSONL.GZ"]))) == 3
     os.replace("A.JSONL.GZ", "a.jsonl.gz")
-    for name in ("a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.zip"):  # cut short
+    array = json.dumps([{"text": f"{TEXT}{i}" * 99} for i in range(99)]).encode()
+    (here / "a.json.gz").write_bytes(gzip.compress(array))
+    for name in ("a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.zip", "a.json.gz"):  # cut short
         (here / name).write_bytes((here / name).read_bytes()[:-20])
         found = list(SOURCES["text"].documents([name]))
         assert isinstance(found[-1], Dropped) and found[-1].reason == "unreadable file", name
+    assert len(found) > 9  # of a.json.gz, all elements before the damage
 
 
 def test_links_that_go_round_are_followed_once(here):
@@ -278,17 +271,13 @@ values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(m
                                                                           max_size=3), max_leaves=8)
 
 
-@given(st.lists(values, max_size=6), st.sampled_from([None, 1]), st.integers(20, 90))
+@given(st.lists(values, max_size=6), st.sampled_from([None, 1]))
 @settings(max_examples=200, deadline=None)
-def test_json_of_any_length_is_read_piece_by_piece(items, indent, head):
+def test_the_elements_of_a_json_array_are_read_up_to_its_damage(items, indent):
     text = json.dumps(items, indent=indent)
-    before, records.HEAD = records.HEAD, head  # so that nothing fits at once
-    try:
-        assert [v for _, v in json_values("x", io.StringIO(text))] == items
-        cut = [v for _, v in json_values("x", io.StringIO(text[:-1]))]
-    finally:
-        records.HEAD = before
-    assert cut[:len(items)] == items and isinstance(cut[-1], Dropped)
+    assert [v for _, v in json_values("x", io.StringIO(text))] == items
+    cut = [v for _, v in json_values("x", io.StringIO(text[:-1]))]
+    assert cut[:-1] == items and isinstance(cut[-1], Dropped)
 
 
 ONE, TWO = {"text": f"{TEXT}一"}, {"text": f"{TEXT}二"}
@@ -300,10 +289,9 @@ ONE, TWO = {"text": f"{TEXT}一"}, {"text": f"{TEXT}二"}
     (json.dumps({"version": 1, "data": [ONE, TWO]}), 2, 0),
     (json.dumps([ONE, TWO], indent=2), 2, 0),
     ("{broken\n" + json.dumps(ONE) + "\n" + json.dumps(TWO), 2, 1), (json.dumps([ONE, TEXT]), 2, 0),
-    (json.dumps({"text": "长" * 7_000}), 1, 0), (json.dumps({"text": "长" * 90_000}), 0, 1)])
+    (json.dumps({"text": "长" * 7_000}), 1, 0), (json.dumps({"text": "长" * 9_000}), 0, 1)])
 def test_a_json_file_of_any_shape_is_read_or_counted(text, read, dropped, here, monkeypatch):
-    monkeypatch.setattr(records, "HEAD", 1000)
-    monkeypatch.setattr(records, "LONGEST", 50_000)
+    monkeypatch.setattr(records, "MAX_JSON_CHARS", 50_000)
     (here / "a.json").write_text(text, encoding="utf-8")
     lost = [isinstance(doc, Dropped) for doc in SOURCES["text"].documents(["a.json"])]
     assert (lost.count(False), lost.count(True)) == (read, dropped)
@@ -316,16 +304,23 @@ def test_lines_of_lists_are_a_dialogue_each(here):
     assert [len(list(SOURCES["chat"].documents([f"{n}.json"]))) for n in "abc"] == [5, 1, 2]
 
 
-def test_one_huge_object_gives_its_members(here, monkeypatch):
-    monkeypatch.setattr(records, "HEAD", 1000)
-    monkeypatch.setattr(records, "LONGEST", 3000)
+def test_an_object_of_questions_gives_each_of_them_within_the_limit(here, monkeypatch):
     webqa = {f"Q{i}": {"question": f"问{i}", "evidences": {"e": {"answer": ["是"], "evidence": "文"}}}
              for i in range(100)}
     squad = {"version": "1", "data": [{"paragraphs": [{"context": "文", "qas": [
         {"question": f"问{i}", "answers": [{"text": "答"}]}]}]} for i in range(100)]}
     for value in (webqa, squad):
         (here / "a.json").write_text(json.dumps(value), encoding="utf-8")
-        assert len([d for d in SOURCES["chat"].documents(["a.json"]) if isinstance(d, list)]) == 100
+        assert list(map(type, SOURCES["chat"].documents(["a.json"]))) == [list] * 100
+    monkeypatch.setattr(records, "MAX_JSON_CHARS", 3000)
+    (lost,) = SOURCES["chat"].documents(["a.json"])
+    assert lost.reason == "too long" and "convert the file to JSON lines" in lost.where
+
+
+def test_a_json_error_is_reported_at_its_line(here):
+    (here / "a.json").write_text('[\n{"text": "长江"},\n{"text": "黄河",\n "x": y}]', "utf-8")
+    text, lost = SOURCES["text"].documents(["a.json"])
+    assert text == "长江" and lost.where.startswith("a.json:4: not JSON (Expecting value, column 7")
 
 
 # ---- dialogues ----
@@ -348,6 +343,15 @@ def test_one_huge_object_gives_its_members(here, monkeypatch):
 def test_every_form_of_one_question_is_the_same_dialogue(record):
     found = [clean_document(d, Rules())[0] for d in dialogues(record, "x:1", False)]
     assert found == [QA]
+
+
+@pytest.mark.parametrize("record, reason", [
+    *[(r, "no messages") for r in ({}, {"messages": []}, {"messages": "x"}, {"messages": [1]},
+                                   {"messages": [{"role": "user"}]})],
+    ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role"), (QA[:1], "no answer"),
+    ({"question": "问", "answer": " ", "history": [["一", "二"]]}, "no answer")])
+def test_dialogues_that_cannot_be_trained_on_are_dropped_by_reason(record, reason):
+    assert [dropped.reason for dropped in dialogues(record, "x:1", False)] == [reason]
 
 
 def test_dialogues_keep_their_turns_and_stop_before_an_empty_one():
@@ -395,7 +399,7 @@ def test_near_duplicates_are_dropped_on_request(here, tokenizer):
     docs += [docs[0][:290] + "改了结尾", docs[1] + "多了几个字"]
     (here / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), "utf-8")
     prepare.main(["text", "a.jsonl", tokenizer, "--name=x", "--near_duplicates=0.8"])
-    assert books("x")["sources"]["text"]["dropped"] == {"near duplicate": 2}
+    assert counts_of("x")["dropped"] == {"near duplicate": 2}
 
 
 # ---- several sources, samples, limits ----
@@ -412,8 +416,7 @@ def test_several_sources_make_one_set_in_any_order(here, tokenizer):
     more = [tokenizer, "--name=zh", "--val_fraction=0.1"]
     prepare.main(["wiki", "w.jsonl", "thucnews", "n.txt", *more])
     first = {s: Bins("zh").tokens(s).tobytes() for s in ("train", "val")}
-    counts = books("zh")["sources"]
-    assert (counts["wiki"]["written"], counts["thucnews"]["written"]) == (60, 40)
+    assert [counts_of("zh", s)["written"] for s in ("wiki", "thucnews")] == [60, 40]
     assert "第3条新闻，讲的是一场球赛。" in texts("zh")
     prepare.main(["thucnews", "n.txt", "wiki", "w.jsonl", *more])
     assert first == {s: Bins("zh").tokens(s).tobytes() for s in ("train", "val")}
@@ -427,12 +430,12 @@ def test_a_sample_is_the_same_part_whatever_the_order(here, tokenizer):
         prepare.main(["text", *words, tokenizer, "--name=x", "--sample=0.3", "--val_fraction=0.1"])
         found.append(set(texts("x")))
     assert found[0] == found[1] > found[2] and 50 < len(found[0]) < 130
-    assert books("x")["sources"]["text"]["dropped"]["not in the sample"] > 80
+    assert counts_of("x")["dropped"]["not in the sample"] > 80
     prepare.main(["text", "a.jsonl", tokenizer, "--name=x", "--max_docs=30"])
-    assert books("x")["sources"]["text"]["read"] == 30
+    assert counts_of("x")["read"] == 30
 
 
-# ---- looking into a set, tokenizers alone ----
+# ---- inspect, tokenizers ----
 
 def test_inspect_shows_tokens_with_borders_and_what_is_trained(here, tokenizer, capsys):
     lines = [{"messages": [{"role": "user", "content": f"第{i}问"},
@@ -453,9 +456,11 @@ def test_inspect_shows_tokens_with_borders_and_what_is_trained(here, tokenizer, 
             prepare.main(["inspect", *words])
 
 
-def test_damaged_sets_are_refused(here, tokenizer):
+def test_inspect_draws_a_set_and_refuses_a_damaged_one(here, tokenizer):
     write_corpus(here / "a.jsonl", 30, "文")
     prepare.main(["text", "a.jsonl", tokenizer, "--name=x"])
+    prepare.main(["inspect", "x", "--plot"])
+    assert (here / "data/x/inspect.png").stat().st_size > 1000
     for split in ("train", "val"):
         file = here / f"data/x/{split}.bin"
         file.write_bytes(b"\xff" * file.stat().st_size)
@@ -464,17 +469,10 @@ def test_damaged_sets_are_refused(here, tokenizer):
     with pytest.raises(UserError, match="prepared set"):
         prepare.main(["tokenizer", "a.jsonl", "--name=x"])
     meta = json.loads((here / "data/x/meta.json").read_text(encoding="utf-8"))
-    for change in ({"sources": 3}, {"n_ids": "x"}, {"tokenizer": None}, {"splits": {}}):
+    for change in ({"sources": 3}, {"vocab_size": "x"}, {"tokenizer": None}, {"splits": {}}):
         (here / "data/x/meta.json").write_text(json.dumps(meta | change), encoding="utf-8")
         with pytest.raises(UserError, match="meta.json"):
             Bins("x")
-
-
-def test_inspect_draws_on_request(here, tokenizer):
-    write_corpus(here / "a.jsonl", 30, "文")
-    prepare.main(["text", "a.jsonl", tokenizer, "--name=x"])
-    prepare.main(["inspect", "x", "--plot"])
-    assert (here / "data/x/inspect.png").stat().st_size > 1000
 
 
 def test_a_tokenizer_alone_serves_a_set(here):
@@ -482,17 +480,17 @@ def test_a_tokenizer_alone_serves_a_set(here):
     prepare.main(["tokenizer", "a.jsonl", "--vocab_size=290", "--name=t"])
     prepare.main(["text", "a.jsonl", "--tokenizer=data/t", "--name=x"])
     bins = Bins("x")
-    assert bins.tokenizer.n_ids == 290 and bins.tokenizer.fast
+    assert bins.tokenizer.vocab_size == 290 and bins.tokenizer.fast
     assert load_tokenizer("data/t").fingerprint == bins.tokenizer.fingerprint
 
 
 @given(st.lists(st.text(min_size=1, max_size=40), unique=True), st.integers(1, 300), st.randoms())
 @settings(max_examples=200, deadline=None)
 def test_a_training_sample_is_bounded_and_the_same_in_any_order(texts, most, rng):
-    rows, refused = [("", prepare.digest(t.encode()), t) for t in texts], Counter()
-    kept = prepare.sample_texts(rows, most, refused)
+    rows, dropped = [("", prepare.digest(t.encode()), t) for t in texts], Counter()
+    kept = prepare.sample_texts(rows, most, dropped)
     assert sum(map(len, kept)) <= most or len(kept) == 1
-    assert len(kept) + refused["not in the sample"] == len(texts)
+    assert len(kept) + dropped["not in the sample"] == len(texts)
     if sum(map(len, texts)) <= most:
         assert len(kept) == len(texts)
     rng.shuffle(rows)
@@ -514,32 +512,15 @@ def test_enough_is_held_out_of_a_small_set_whatever_the_order(here, tokenizer):
     val = []
     for words in (["a.jsonl", "b.jsonl"], ["b.jsonl", "a.jsonl"]):
         prepare.main(["text", *words, "chat", "c.jsonl", tokenizer, "--name=x", "--min_chars=1"])
-        bins = Bins("x")
-        starts, tokens = bins.starts("val"), bins.tokens("val")
-        val.append([bins.tokenizer.visible(tokens[a:b]).decode()
-                    for a, b in zip(starts, starts[1:])])
-        assert len(starts) - 1 == 20 and all("讲的是" in text for text in val[-1])  # no dialogue
-        assert bins.meta["splits"]["val"]["characters"] == sum(map(len, val[-1]))
-        whole = texts("x")
-        assert len(whole) == len(set(whole)) == books("x")["splits"]["train"]["documents"] + 20
+        val.append(texts("x", ["val"]))
+        assert len(val[-1]) == 20 and all("讲的是" in text for text in val[-1])  # no dialogue
+        splits, whole = Bins("x").meta["splits"], texts("x")
+        assert splits["val"]["characters"] == sum(map(len, val[-1]))
+        assert len(whole) == len(set(whole)) == splits["train"]["documents"] + 20
     assert sorted(val[0]) == sorted(val[1])
 
 
 # ---- accidents ----
-
-def test_one_compressed_file_gives_the_same_set_for_any_number_of_workers(here, tokenizer):
-    lines = "".join(json.dumps({"text": f"{TEXT * 9}{i}"}) + "\n" for i in range(3000)).encode()
-    results = []
-    for name, compress, workers in (("a.jsonl", bytes, 1), ("a.jsonl.xz", lzma.compress, 2),
-                                    ("a.jsonl.bz2", bz2.compress, 3)):
-        (here / name).write_bytes(compress(lines))
-        how = run if workers == 1 else run_process
-        succeed(how(here, "prepare.py", "text", name, tokenizer, "--name=x",
-                    f"--workers={workers}"))
-        results.append({p.name: p.read_bytes() for p in (here / "data" / "x").iterdir()
-                        if p.name != "meta.json"})
-    assert results[0] == results[1] == results[2]
-
 
 def is_running(pid):
     try:
@@ -627,14 +608,14 @@ def test_a_wiki_comes_from_the_hub_and_goes_on_where_it_broke_off(here, tokenize
     for attempt in (1, 2):
         done = run_process(here, "prepare.py", "wiki", tokenizer, env=env)
         if attempt == 1:
-            one_line(done, "can't be fetched", "HF_ENDPOINT", "python prepare.py wiki PATH")
+            one_line(done, "can't be downloaded", "HF_ENDPOINT", "python prepare.py wiki PATH")
             assert not (here / "data/raw/wiki/wikipedia-cn-20230720-filtered.json").exists()
             Hub.gone = False
     server.shutdown()
     assert done.returncode == 0, done.stderr
     assert Hub.ranges == [0, len(Hub.body) // 2]
-    assert books("wiki")["sources"]["wiki"]["written"] == 500
-    one_line(run(here, "prepare.py", "belle", tokenizer), "can't be fetched", "HF_ENDPOINT")
+    assert counts_of("wiki", "wiki")["written"] == 500
+    one_line(run(here, "prepare.py", "belle", tokenizer), "can't be downloaded", "HF_ENDPOINT")
 
 
 # ---- bad input ----
@@ -657,42 +638,26 @@ def test_documents_read_are_those_written_and_those_dropped(here, tokenizer, lin
     (here / "a.jsonl").write_bytes(b"\n".join(lines))
     prepare.main(["text", "a.jsonl", tokenizer, "--name=x", "--val_fraction=0.2",
                   f"--sample={sample}"])
-    counts = books("x")["sources"]["text"]
+    counts = counts_of("x")
     blank = sum(not line.replace(b"\xef\xbb\xbf", b"").strip(b" \t\r") for line in lines)
     assert counts["read"] == len(lines) - blank
     assert len(texts("x")) == len(set(texts("x"))) == counts["written"]
     assert sample < 1 or set(good) <= set(texts("x"))
 
 
-def account(source, path):
-    """Documents read and their fate, without tokens: no exception, and nothing without a trace."""
-    read, fates = 0, Counter()
-    for doc in SOURCES[source].documents([str(path)]):
-        read += 1
-        fates[doc.reason if isinstance(doc, Dropped) else clean_document(doc, Rules())[1]] += 1
-    assert read == fates.total() and read
-    return fates
-
-
 def mutate(data, rng):
     """The bytes with one kind of damage."""
-    kind, i = rng.randrange(8), rng.randrange(max(1, len(data)))
-    if kind == 0:
-        return bytes(b ^ (1 << rng.randrange(8)) if rng.random() < 0.001 else b for b in data)
-    if kind == 1:
-        return data[:i]
-    if kind == 2:
-        return data[i:]
-    if kind == 3:
-        return data.decode("utf-8", "ignore").encode(rng.choice(["utf-16", "gb18030", "utf-16-le"]),
-                                                     "ignore")
-    if kind == 4:
-        return data[:i] + rng.choice([b"[", b"{", b'{"a":']) * 100_000 + data[i:]
-    if kind == 5:
-        return data[:i] + rng.randbytes(500) + data[i:]
-    if kind == 6:
-        return data.replace(b"\n", b" ")
-    return data.replace(rng.choice([b'"', b",", b"}", b"<", b"\n", b"]"]), b"")
+    i = rng.randrange(max(1, len(data)))
+    return rng.choice([
+        lambda: bytes(b ^ (1 << rng.randrange(8)) if rng.random() < 0.001 else b for b in data),
+        lambda: data[:i],
+        lambda: data[i:],
+        lambda: data.decode("utf-8", "ignore").encode(
+            rng.choice(["utf-16", "gb18030", "utf-16-le"]), "ignore"),
+        lambda: data[:i] + rng.choice([b"[", b"{", b'{"a":']) * 100_000 + data[i:],
+        lambda: data[:i] + rng.randbytes(500) + data[i:],
+        lambda: data.replace(b"\n", b" "),
+        lambda: data.replace(rng.choice([b'"', b",", b"}", b"<", b"\n", b"]"]), b"")])()
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
@@ -710,8 +675,10 @@ def test_damaged_samples_never_fail_and_leave_a_trace(here):
         file = here / f"{sample.name.removesuffix('.bz2')}{ending}"
         file.write_bytes(data)
         for source in ("wiki", "thucnews", "text", "chat"):
-            if data:
-                account(source, file)
+            found = list(SOURCES[source].documents([str(file)]))
+            assert found or not data or ".csv" in file.name  # a single line is only a header
+            for doc in found:
+                isinstance(doc, Dropped) or clean_document(doc, Rules())
         file.unlink()
 
 
@@ -735,4 +702,4 @@ def test_any_bytes_are_read_and_accounted_for(data, ending):
         file.flush()
         for source in ("wiki", "thucnews", "text", "chat"):
             list(SOURCES[source].documents([file.name]))
-        list(records.records(file.name, open(file.name, "rb", buffering=files.HEAD)))
+        list(records.records(file.name, open(file.name, "rb", buffering=files.SNIFF_BYTES)))

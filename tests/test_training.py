@@ -15,11 +15,13 @@ from conftest import ROOT
 import pretrain
 import sample
 import sft
-from config import UserError, configure
-from data.batches import TextData
-from data.bins import Bins
-from engine.rundir import restore_model
+from common.command_line import UserError
+from common.settings import configure
 from gpt import GPT, GPTConfig
+from models.hf import from_pretrained, save_pretrained
+from tokens.batches import TextData
+from tokens.bins import Bins
+from training.checkpoint import checkpoint_files, restore_model
 
 torch.set_num_threads(1)
 SMALL = ["--arch=qwen3", "--batch_size=2", "--gradient_accumulation_steps=2", "--block_size=16",
@@ -77,7 +79,7 @@ def make_trainer(folder, data, *words, dtype="float32", noise=0.1, **shape):
                                  n_embd=16, dropout=cfg.dropout) | shape))
     for p in model.parameters():
         p.data += noise * torch.randn_like(p)
-    return pretrain.Trainer(cfg, pretrain.set_up_machine(cfg), model, data, "base", None)
+    return pretrain.Trainer(cfg, pretrain.init_context(cfg), model, data, "base", None)
 
 
 def keep_gradients(trainer):
@@ -133,7 +135,7 @@ def loss_of_answers(model, tok, dialogues):
     total = n = 0
     for ids in dialogues:
         ids = torch.from_numpy(ids.astype(np.int64))
-        answers = torch.from_numpy(tok.trained(ids.numpy()))[1:]
+        answers = torch.from_numpy(tok.loss_mask(ids.numpy()))[1:]
         loss = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
         total, n = total + loss[answers].sum(), n + int(answers.sum())
     return total, n
@@ -205,7 +207,7 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch(tmp_path):
 
 def test_every_way_to_a_model_takes_the_dropout_of_the_settings(untrained, demo, tmp_path):
     model, tok = untrained
-    model.save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
     tok.save(tmp_path, False)
     cfg = configure(pretrain.__file__, [*SMALL, "--dropout=0.3"])[0]
     bins = Bins("demo", demo / "data")
@@ -310,6 +312,49 @@ def test_a_gradient_longer_than_grad_clip_is_shortened(optimizer, limit, norm, l
         torch.testing.assert_close(seen[id(p)], g * (left / norm), rtol=1e-4, atol=1e-9)
 
 
+def checkpoint_of(trainer):
+    """The checkpoint that a Trainer of GivenData writes, as it is read."""
+    trainer.data.bins = SimpleNamespace(fingerprint=lambda: "")
+    trainer.save_checkpoint()
+    return torch.load(checkpoint_files(trainer.runlog.path)[0], weights_only=True)
+
+
+@pytest.mark.parametrize("optimizer, dtype", [
+    ("adamw", "float32"), ("muon", "float32"), ("muon", "float16")])
+def test_a_restored_trainer_goes_on_as_if_it_had_never_stopped(optimizer, dtype, tmp_path):
+    def start():
+        return make_trainer(tmp_path, GivenData(uneven_batches()), f"--optimizer={optimizer}",
+                            "--dropout=0.2", "--warmup_iters=10", "--grad_clip=1", dtype=dtype)
+    whole = start()
+    for step in range(6):
+        if step == 3:
+            checkpoint = checkpoint_of(whole)
+        whole.take_step()
+    again = start()
+    again.model.load_state_dict(checkpoint["model"])
+    again.restore(checkpoint)
+    assert again.step == again.resumed_at == 3
+    for _ in range(3):
+        again.take_step()
+    assert torch.equal(torch.stack(again.progress.losses), torch.stack(whole.progress.losses))
+    for p, q in zip(again.model.parameters(), whole.model.parameters()):
+        assert torch.equal(p, q)
+    assert again.scaler.state_dict() == whole.scaler.state_dict()
+
+
+def test_a_restored_trainer_takes_the_rates_and_decay_of_its_own_settings(tmp_path):
+    old = make_trainer(tmp_path, GivenData(uneven_batches()), "--optimizer=muon")
+    old.take_step()
+    words = ["--optimizer=muon", "--learning_rate=0.5", "--min_lr=0.5", "--muon_lr=0.25",
+             "--weight_decay=0.125", "--beta2=0.75"]
+    new = make_trainer(tmp_path, GivenData(uneven_batches()), *words)
+    new.restore(checkpoint_of(old))
+    (adamw,), (muon,) = (opt.param_groups for opt in new.optimizers)
+    assert adamw["peak_lr"] == adamw["lr"] == 0.5 and adamw["betas"] == (0.9, 0.75)
+    assert muon["peak_lr"] == 0.25 and muon["weight_decay"] == 0.125
+    assert all(state["momentum_buffer"].any() for state in new.optimizers[1].state.values())
+
+
 @each_optimizer
 @both
 def test_a_small_model_learns_one_batch_by_heart(arch, optimizer, tmp_path):
@@ -318,10 +363,9 @@ def test_a_small_model_learns_one_batch_by_heart(arch, optimizer, tmp_path):
     trainer = make_trainer(tmp_path, GivenData([batch]), f"--arch={arch}", "--max_iters=120",
                            "--gradient_accumulation_steps=1", f"--optimizer={optimizer}",
                            "--warmup_iters=5", "--min_lr=0.001", "--grad_clip=1", noise=0)
-    trainer.first = trainer.warm = 0
     for _ in range(120):
         trainer.take_step()
-    first, last = trainer.losses[0].item(), trainer.losses[-1].item()
+    first, last = trainer.progress.losses[0].item(), trainer.progress.losses[-1].item()
     assert first == pytest.approx(math.log(128), rel=0.02) and last < 0.1
 
 
@@ -381,7 +425,7 @@ def test_an_epoch_of_dialogues_trains_every_answer_once(demo):
     data = chat_data(demo)
     trained = [targets[targets >= 0] for step in range(len(data.steps))
                for _, targets, _ in (data.batch(step, micro) for micro in range(3))]
-    want = [ids[1:][data.tokenizer.trained(ids)[1:]] for ids in data.dialogues["train"]]
+    want = [ids[1:][data.tokenizer.loss_mask(ids)[1:]] for ids in data.dialogues["train"]]
     assert sorted(torch.cat(trained).tolist()) == sorted(np.concatenate(want).tolist())
 
 
@@ -418,6 +462,15 @@ def test_best_is_saved_where_val_loss_is_lower_than_ever_before(tmp_path):
     assert trainer.best == 1.0
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_val_loss_that_is_not_finite_ends_the_run_and_saves_nothing(loss, tmp_path):
+    trainer = make_trainer(tmp_path, GivenData([], uneven_batches()))
+    trainer.step, trainer.data.scores = 3, lambda _: dict(val_loss=loss)
+    with pytest.raises(UserError, match=f"val loss after step 3 is {loss}"):
+        trainer.evaluate()
+    assert not list(tmp_path.iterdir())
+
+
 def test_best_on_disk_is_never_replaced_by_a_worse_model(demo, tmp_path):
     words = ["--sample_start=", "--eval_tokens=200"]
 
@@ -430,7 +483,7 @@ def test_best_on_disk_is_never_replaced_by_a_worse_model(demo, tmp_path):
     trainer.evaluate()
     best = {f.name: f.read_bytes() for f in (tmp_path / "best").iterdir()}
     assert json.loads(best["config.json"])["val_loss"] == trainer.scores["val_loss"]
-    assert torch.equal(GPT.from_pretrained(tmp_path / "best").wte.weight, trainer.model.wte.weight)
+    assert torch.equal(from_pretrained(tmp_path / "best").wte.weight, trainer.model.wte.weight)
     trainer.save_checkpoint()
     checkpoint = torch.load(tmp_path / "ckpt_step_1.pt", weights_only=True)
     again = start()  # with the checkpoint, best/ moved away and back: each remembers the best
@@ -450,24 +503,24 @@ def test_best_on_disk_is_never_replaced_by_a_worse_model(demo, tmp_path):
 
 
 @pytest.mark.parametrize("losses, norm, said", [
-    ([4.0, 2.0, 3.0], 1.0, None), ([4.0, math.nan, 3.0], 1.0, "step 9 went wrong: loss nan"),
-    ([4.0, 2.0, 90.0], 1.0, "step 10 went wrong: loss 90, gradient norm at step 10 1;"),
-    ([4.0, 2.0, 3.0], math.inf, "step 10 went wrong: loss 3, gradient norm at step 10 inf;"),
-    ([9.7, 9.7, 9.7], 1.0, None), ([9.8, 9.6, 9.8], 1.0, "step 8 went wrong")])  # 2 ln 128 = 9.70
+    ([4.0, 2.0, 3.0], 1.0, None), ([4.0, math.nan, 3.0], 1.0, "step 9 diverged: loss nan"),
+    ([4.0, 2.0, 90.0], 1.0, "step 10 diverged: loss 90, gradient norm at step 10 1;"),
+    ([4.0, 2.0, 3.0], math.inf, "step 10 diverged: loss 3, gradient norm at step 10 inf;"),
+    ([9.7, 9.7, 9.7], 1.0, None), ([9.8, 9.6, 9.8], 1.0, "step 8 diverged")])  # 2 ln 128 = 9.70
 def test_the_mean_loss_is_logged_or_the_run_ends(losses, norm, said, tmp_path):
     trainer = make_trainer(tmp_path, GivenData([]))
-    trainer.data.where = lambda step: f"row {step}"
-    trainer.losses, trainer.norm = [torch.tensor(x) for x in losses], torch.tensor(norm)
-    trainer.step = 10  # the losses are of steps 8, 9 and 10
+    trainer.data.describe = lambda step: f"row {step}"
+    progress = trainer.progress  # the losses are of steps 8, 9 and 10
+    progress.losses, progress.norm = [torch.tensor(x) for x in losses], torch.tensor(norm)
     if said is None:
-        assert trainer.mean_loss() == pytest.approx(sum(losses) / 3)
+        assert progress.mean_loss(10) == pytest.approx(sum(losses) / 3)
         return
     with pytest.raises(UserError, match=said) as error:
-        trainer.mean_loss()
+        progress.mean_loss(10)
     assert f"it read row {int(said.split()[1]) - 1}." in str(error.value)
-    trainer.scaler = torch.amp.GradScaler("cpu")  # float16 has skipped a step with such a norm
+    trainer.ctx.dtype = torch.float16  # which has skipped a step with such a norm
     if norm == math.inf:
-        trainer.mean_loss()
+        progress.mean_loss(10)
 
 
 # ---- seeds of sampling ----
@@ -477,8 +530,9 @@ def untrained(demo):
     """(an untrained model, the demo's tokenizer): all ids are about equally likely."""
     tok = Bins("demo", demo / "data").tokenizer
     torch.manual_seed(0)
-    return GPT(GPTConfig(vocab_size=-(-tok.n_ids // 128) * 128, n_ids=tok.n_ids, block_size=64,
-                         n_layer=1, n_head=1, n_embd=8)).eval(), tok
+    config = GPTConfig(vocab_size=tok.vocab_size, padded_vocab_size=-(-tok.vocab_size // 128) * 128,
+                       block_size=64, n_layer=1, n_head=1, n_embd=8)
+    return GPT(config).eval(), tok
 
 
 def sample_settings(*words):
@@ -487,27 +541,27 @@ def sample_settings(*words):
 
 def test_sample_i_is_drawn_with_the_seed_plus_i(untrained, monkeypatch):
     model, tok = untrained
-    monkeypatch.setattr(sample, "ROWS", 2)
+    monkeypatch.setattr("sampling.text.BATCH_SIZE", 2)
     cfg = sample_settings("--num_samples=7", "--seed=5")
-    texts = sample.continue_starts(model, tok, ["水", "长江"], cfg)
+    texts = sample.continue_texts(model, tok, ["水", "长江"], cfg)
     for i, (start, text) in enumerate(texts):
-        ids = sample.start_ids(tok, start, 64)
+        ids = sample.encode_start(tok, start, 64)
         assert start == ["水", "长江"][i % 2]
-        assert text == "".join(sample.stream(model, tok, ids, cfg, 5 + i))
+        assert text == "".join(sample.generate_text(model, tok, ids, cfg, 5 + i))
     assert len({text for _, text in texts}) == 7
     torch.manual_seed(1)  # nothing but the seed decides
-    assert sample.continue_starts(model, tok, ["水", "长江"], cfg) == texts
+    assert sample.continue_texts(model, tok, ["水", "长江"], cfg) == texts
 
 
 def test_a_lone_sample_is_drawn_with_its_seed(untrained, capsys):
     def printed(seed):
-        sample.continue_texts(*untrained, sample_settings("--start=水", f"--seed={seed}"))
+        sample.print_samples(*untrained, sample_settings("--start=水", f"--seed={seed}"))
         return capsys.readouterr().out
     one = printed(5)
     torch.manual_seed(1)
     assert one == printed(5) != printed(6)
-    ids = sample.start_ids(untrained[1], "水", 64)
-    text = "".join(sample.stream(*untrained, ids, sample_settings(), 5))
+    ids = sample.encode_start(untrained[1], "水", 64)
+    text = "".join(sample.generate_text(*untrained, ids, sample_settings(), 5))
     assert one == f"水{text}\n"
 
 
@@ -547,7 +601,7 @@ def test_every_config_file_is_a_run_of_its_script(file):
                                fixed=pretrain.SHAPE)
     else:
         cfg, words = configure(pretrain.__file__, [str(file)])
-        bins = SimpleNamespace(tokenizer=SimpleNamespace(n_ids=16_000))
+        bins = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=16_000))
         with torch.device("meta"):
             model = pretrain.make_model(cfg, bins)
             logits = model(torch.zeros(1, cfg.block_size, dtype=torch.long), last=True)

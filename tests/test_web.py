@@ -1,19 +1,17 @@
-"""The laws of the chat page, as a reader of Chinese sees it in headless Chromium
+"""Laws of the chat page, tested in headless Chromium
 (pip install gradio selenium; apt-get install chromium chromium-driver)."""
 import shutil
-import socket
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
+import servers
 import torch
 from conftest import ENV, ROOT, one_line, run
 
-from data.tokenizer import train_bytebpe
-from engine.rundir import RunDir
 from gpt import GPT, GPTConfig
+from models.folders import save_model
+from tokens.tokenizer import train_bytebpe
 
 pytest.importorskip("gradio")
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -21,13 +19,12 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 if not BROWSER or not shutil.which("chromedriver"):
     pytest.skip("no chromium with its chromedriver here", allow_module_level=True)
 
-READY_WITHIN = 240  # seconds; importing torch and gradio takes 10 on a slow core
 SWITCHES = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
             "disable-background-networking", "disable-component-update", "disable-sync",
             "disable-dev-shm-usage", "window-size=900,700", "lang=zh-CN", "accept-lang=zh-CN"]
-NAME = "(e.innerText.split('\\n')[0].trim() || e.title)"  # of a button, e
+NAME = "(e.innerText.split('\\n')[0].trim() || e.title)"  # JavaScript: the name of a button e
 BOT, USER, LISTED = "[data-testid=bot]", "[data-testid=user]", ".table-wrap tbody td"
-# every length the answer is seen to have; a driver asking again and again would miss most
+# records every length that the answer has; polling through the driver would miss most
 WATCH = """const seen = window.seen = new Set();
 new MutationObserver((_, watch) => {
   for (const e of document.querySelectorAll("[data-testid=bot]")) seen.add(e.textContent.length);
@@ -35,22 +32,14 @@ new MutationObserver((_, watch) => {
 }).observe(document, {subtree: true, childList: true, characterData: true});"""
 
 
-def until(condition, seconds=60):
-    """What condition() gives as soon as it is true; elements may vanish while it looks."""
+def until(condition):
+    """Return condition() as soon as it is true; elements may vanish during the call."""
     from selenium.common.exceptions import WebDriverException
-    deadline, last = time.monotonic() + seconds, None
-    while time.monotonic() < deadline:
-        try:
-            if last := condition():
-                return last
-        except WebDriverException as e:
-            last = e
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s: {last!r}")
+    return servers.until(condition, ignored=WebDriverException)
 
 
 class Page:
-    """What a person does with the page, and sees of it."""
+    """The page as a user operates and sees it."""
 
     def __init__(self, driver, address):
         self.driver = driver
@@ -60,7 +49,7 @@ class Page:
         until(self.ready)
 
     def look(self, css, take):
-        """What take, JavaScript of an element e, gives for all that are seen, at one moment."""
+        """Return the value of take, JavaScript of an element e, for each visible element of css."""
         return self.driver.execute_script(
             "return [...document.querySelectorAll(arguments[0])].filter(e => e.offsetParent)"
             f".map(e => {take})", css)
@@ -72,11 +61,11 @@ class Page:
         return self.look("textarea", "e")[0]
 
     def buttons(self):
-        """Their texts, or tooltips where they show none."""
+        """Return the texts of the visible buttons, or their tooltips."""
         return self.look("button", NAME)
 
     def click(self, name):
-        """At the moment it is seen: a page that streams draws its buttons anew."""
+        """Click a button in the same script that finds it: streaming replaces the buttons."""
         until(lambda: self.look("button", f"{NAME} == '{name}' && (e.click(), true)").count(True))
 
     def ask(self, question):
@@ -92,42 +81,30 @@ class Page:
         until(self.ready)
 
 
-def chatterer(out):
-    """out/final: a chat model that has learned nothing, and never likes an end token best."""
+def write_endless_model(out):
+    """Write out/final: an untrained chat model that never generates an end token."""
     tok = train_bytebpe(["你好，我是小语。再说一次完"] * 9, 280)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=384, n_ids=tok.n_ids, block_size=128, n_layer=1, n_head=2,
-                          n_embd=32))
-    with torch.no_grad():  # logits of 0 are not among the 50 highest of 280
+    model = GPT(GPTConfig(padded_vocab_size=384, vocab_size=tok.vocab_size, block_size=128,
+                          n_layer=1, n_head=2, n_embd=32))
+    with torch.no_grad():  # their logits are 0: not among the 50 highest of 280
         model.wte.weight[[tok.eot, tok.im_start, tok.im_end]] = 0
-    RunDir(SimpleNamespace(out_dir=str(out)), "chat", True).save_model(
-        "final", model, model.state_dict(), tok, {})
+    save_model(out / "final", model, model.state_dict(), tok, "chat", {})
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A page whose model goes on for 50,000 tokens, minutes: its address, folder and command."""
-    place = tmp_path_factory.mktemp("web")
-    chatterer(place / "out" / "tiny")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Return address, folder and command of a page whose answers take minutes (50,000 tokens)."""
+    place, port = tmp_path_factory.mktemp("web"), servers.free_port()
+    write_endless_model(place / "out" / "tiny")
     words = ["sample.py", "--web", f"--port={port}", "--model=out/tiny/final",
              "--max_new_tokens=50000", "--device=cpu"]
-    log, address = place / "log", f"http://127.0.0.1:{port}/"
-    # a proxy that is not there: whatever went through it would fail
+    # a proxy that does not exist: any request through it would fail
     env = ENV | {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    with open(log, "wb") as file:
-        process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=place,
-                                   env=env, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        until(lambda: b"http" in log.read_bytes() or process.poll() is not None, READY_WITHIN)
-        assert process.poll() is None, log.read_text(encoding="utf-8")
-        yield SimpleNamespace(address=address, place=place, words=words)
+    with servers.running([sys.executable, ROOT / words[0], *words[1:]], place, env,
+                         lambda log: b"http" in log.read_bytes()) as log:
+        yield SimpleNamespace(address=f"http://127.0.0.1:{port}/", place=place, words=words)
         assert "Traceback" not in log.read_text(encoding="utf-8", errors="replace")
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -149,19 +126,19 @@ def page(server, driver):
     return Page(driver, server.address)
 
 
-def test_an_answer_grows_as_it_is_made_and_stop_ends_it(page):
+def test_an_answer_is_streamed_and_the_stop_button_ends_it(page):
     page.driver.execute_script(WATCH)
     page.ask("你好")
     until(lambda: page.driver.execute_script("return window.seen.size") >= 5)
     page.stop()
     (stopped,) = page.texts(BOT)
-    page.ask("再说一次")  # the next one is served at once, and nothing was added meanwhile
+    page.ask("再说一次")  # answered at once, and the stopped answer has not grown
     page.stop()
     assert page.texts(BOT)[0] == stopped
     assert 0 < len(stopped) < 25000
 
 
-def test_a_new_chat_is_empty_and_the_old_one_comes_back(page):
+def test_a_new_chat_is_empty_and_the_old_one_can_be_reopened(page):
     page.ask("第一个问题")
     page.stop()
     until(lambda: page.texts(LISTED) == ["第一个问题"])
@@ -174,20 +151,20 @@ def test_a_new_chat_is_empty_and_the_old_one_comes_back(page):
     assert page.texts(BOT) == answer
 
 
-def test_markup_is_shown_as_it_was_typed(page):
+def test_markup_in_a_question_is_shown_as_text(page):
     typed = "<b>x</b><script>document.title=1</script> &amp; **你好** $$x$$"
     page.ask(typed)
     page.stop()
     until(lambda: page.texts(LISTED))
     page.click("新对话")
     until(lambda: not page.texts(USER))
-    page.look(LISTED, "e")[0].click()  # neither now nor when it comes back from the browser's store
+    page.look(LISTED, "e")[0].click()  # also when it is read back from the browser's storage
     until(lambda: page.texts(USER) == [typed])
     assert not page.driver.find_elements("css selector", "[role=log] b, [role=log] script")
     assert page.driver.title == "小语"
 
 
-def test_the_page_is_chinese_and_asks_nothing_of_other_hosts(page, server):
+def test_the_page_is_chinese_and_requests_nothing_from_other_hosts(page, server):
     assert page.box().get_attribute("placeholder") == "说点什么……"
     page.ask("你好")
     page.stop()

@@ -1,12 +1,12 @@
-"""The README's table of vocabularies: python tests/tokenizer_table.py
+"""Measure tokenizers, for the table in the documentation: python tests/tokenizer_table.py
 
-Own tokenizers of three sizes, trained on ../shared/corpora/zh_60mb by prepare.py, and Qwen's, on
-the held-out text beside it: characters per token, and what the vocabulary costs at 768 wide, 12
-layers.
+Own tokenizers of three sizes, trained by prepare.py on ../shared/corpora/zh_60mb, and Qwen's, on
+the held-out text beside it: characters per token, and the cost of the vocabulary in a model of
+width 768 with 12 layers.
 """
 import json
 import lzma
-import subprocess
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,30 +18,26 @@ sys.path.insert(0, str(ROOT))
 
 
 def main():
-    from data.clean import Rules, clean_document
-    from data.tokenizer import load_tokenizer
+    import prepare
+    from corpus.clean import Rules, clean_document
+    from tokens.tokenizer import load_tokenizer
     with lzma.open(SHARED / "corpora" / "zh_val.jsonl.xz", "rt", encoding="utf-8") as lines:
         texts = [clean_document(json.loads(line)["text"], Rules())[0] for line in lines]
     chars, body = sum(map(len, texts)), 12 * N_LAYER * N_EMBD**2
     print("| vocabulary | characters per token | embedding, M | logits of 8 x 256, MB | "
           "MFLOPs per character |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        for size in (6400, 16384, 32768, 0):
-            path = SHARED / "tokenizers" / "qwen2_5"
-            if size:
-                subprocess.run([sys.executable, str(ROOT / "prepare.py"), "tokenizer",
-                                str(SHARED / "corpora" / "zh_60mb.jsonl.xz"), f"--name=t{size}",
-                                f"--vocab_size={size}"], cwd=folder, check=True,
-                               stdout=subprocess.DEVNULL)
-                path = Path(folder) / "data" / f"t{size}"
-            tok = load_tokenizer(str(path))
-            per_token = chars / sum(len(tok.encode(text)) for text in texts)
-            rows = -(-tok.n_ids // 128) * 128
-            flops = 6 * (body + rows * N_EMBD) / per_token  # forward and backward, head included
-            cells = (f"{size or tok.n_ids:,}{'' if size else ' (Qwen)'}", f"{per_token:.3f}",
-                     f"{rows * N_EMBD / 1e6:.1f}", f"{ROWS * rows * 4 / 1e6:.0f}",
-                     f"{flops / 1e6:.0f}")
-            print(f"| {' | '.join(cells)} |", flush=True)
+    os.chdir(tempfile.mkdtemp())
+    for size in (6400, 16384, 32768, 0):
+        if size:
+            prepare.main(["tokenizer", str(SHARED / "corpora" / "zh_60mb.jsonl.xz"),
+                          f"--name=t{size}", f"--vocab_size={size}"])
+        tok = load_tokenizer(f"data/t{size}" if size else str(SHARED / "tokenizers" / "qwen2_5"))
+        per_token = chars / sum(len(tok.encode(text)) for text in texts)
+        rows = -(-tok.vocab_size // 128) * 128
+        flops = 6 * (body + rows * N_EMBD) / per_token  # forward and backward, with the head
+        print(f"| {tok.vocab_size:,}{'' if size else ' (Qwen)'} | {per_token:.3f} | "
+              f"{rows * N_EMBD / 1e6:.1f} | {ROWS * rows * 4 / 1e6:.0f} | {flops / 1e6:.0f} |",
+              flush=True)
 
 
 if __name__ == "__main__":

@@ -1,81 +1,82 @@
-"""Which tokens a step of pretraining sees: a function of (seed, step) alone.
+"""Batches of texts: which tokens a step sees is a function of (seed, step) alone.
 
-That makes a resumed run equal an undisturbed one, and any number of processes equal one, without
-any random state to save.
+So a resumed run equals an uninterrupted one, and any number of processes equals one, without any
+random state in a checkpoint.
 """
 import math
 
 import numpy as np
 import torch
 
-from config import UserError
+from common.command_line import UserError
 
-DECK = 1000  # samples in which the weights of a mixture come out exactly
+CYCLE = 1000  # samples in which the weights of a mixture come out exactly
 
 
 def tokens_per_step(cfg):
     return cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
 
 
-def step_rows(cfg, step, micro):
-    """Numbers, in the whole run, of the rows in one global micro-batch."""
+def rows_of_micro_batch(cfg, step, micro):
+    """Return the numbers, in the whole run, of the rows in one global micro-batch."""
     first = (step * cfg.gradient_accumulation_steps + micro) * cfg.batch_size
     return range(first, first + cfg.batch_size)
 
 
 def rows_of_step(cfg, step):
-    """Numbers, in the whole run, of all rows of a step."""
+    """Return the numbers, in the whole run, of all rows of a step."""
     n = cfg.batch_size * cfg.gradient_accumulation_steps
     return range(step * n, (step + 1) * n)
 
 
-class Shuffle:
-    """Item i of an endless reading of n items: each epoch all of them, in a fresh order."""
+class EpochPermutation:
+    """Index i of an infinite stream in which every epoch is a new permutation of n items."""
 
     def __init__(self, n, seed):
         self.n, self.seed, self.epoch = n, seed, None
 
     def at(self, i):
-        """(the item, a number in [0, 1) its whole epoch shares): random, by (seed, i) alone."""
+        """Return (item, offset in [0, 1) of its whole epoch), random, by (seed, i) alone."""
         if self.epoch != i // self.n:
             self.epoch = i // self.n
             rng = np.random.default_rng([self.seed, self.epoch])
-            self.chance, self.order = rng.random(), rng.permutation(self.n)
-        return int(self.order[i % self.n]), self.chance
+            self.offset, self.order = rng.random(), rng.permutation(self.n)
+        return int(self.order[i % self.n]), self.offset
 
 
-class Deck:
-    """The set of a mixture that sample i comes from: cards by weight, shuffled, dealt, and anew."""
+class MixtureSampler:
+    """Map sample i to a data set. Every CYCLE samples hold each set in proportion to its weight,
+    shuffled."""
 
     def __init__(self, weights, seed):
-        """weights: shares that add up to 1. UserError: one is too small for a card."""
-        exact = np.array(weights) * DECK
-        self.cards = np.floor(exact).astype(int)
-        for k in np.argsort(self.cards - exact, kind="stable")[:DECK - self.cards.sum()]:
-            self.cards[k] += 1  # the largest remainders
-        if self.cards.min() < 1:
-            raise UserError(f"a weight in the mixture is under 1/{DECK:,} of the whole")
-        self.seed, self.deck = seed, None
+        """weights: shares that add up to 1. UserError: one is below 1/CYCLE."""
+        exact = np.array(weights) * CYCLE
+        self.counts = np.floor(exact).astype(int)  # samples of each set in a cycle
+        for k in np.argsort(self.counts - exact, kind="stable")[:CYCLE - self.counts.sum()]:
+            self.counts[k] += 1  # those with the largest remainders
+        if self.counts.min() < 1:
+            raise UserError(f"a weight in the mixture is under 1/{CYCLE:,} of the whole")
+        self.seed, self.cycle = seed, None
 
     def at(self, i):
-        """-> (number of the set, how many samples of that set came before)."""
-        deck, place = divmod(i, DECK)
-        if self.deck != deck:
-            self.deck = deck
-            self.sets = np.random.default_rng([self.seed, deck, 1]).permutation(
-                np.repeat(np.arange(len(self.cards)), self.cards))
-            self.before = np.zeros(DECK, dtype=int)
-            for k, n in enumerate(self.cards):
+        """Return (number of the set, how many samples of that set came before)."""
+        cycle, i = divmod(i, CYCLE)
+        if self.cycle != cycle:
+            self.cycle = cycle
+            self.sets = np.random.default_rng([self.seed, cycle, 1]).permutation(
+                np.repeat(np.arange(len(self.counts)), self.counts))
+            self.before = np.zeros(CYCLE, dtype=int)
+            for k, n in enumerate(self.counts):
                 self.before[self.sets == k] = np.arange(n)
-        k = int(self.sets[place])
-        return k, deck * int(self.cards[k]) + int(self.before[place])
+        k = int(self.sets[i])
+        return k, cycle * int(self.counts[k]) + int(self.before[i])
 
 
 class TextData:
     """Windows of a text set, or of several mixed by weight.
 
-    An epoch of a set is every window of block_size tokens once, in a fresh order and from a fresh
-    offset, so that no two epochs cut the text alike.
+    An epoch of a set is every window of block_size tokens once, in a new order and from a new
+    offset, so that each epoch cuts the text elsewhere.
     """
 
     def __init__(self, bins, cfg):
@@ -84,68 +85,72 @@ class TextData:
         self.bins, self.cfg, self.tokenizer, self.parts = bins, cfg, bins.tokenizer, bins.parts
         self.train = [part.tokens("train") for part, _ in self.parts]
         self.val = [part.tokens("val") for part, _ in self.parts]
-        self.deck = Deck([weight for _, weight in self.parts], cfg.seed)
+        self.sampler = MixtureSampler([weight for _, weight in self.parts], cfg.seed)
         self.orders = []
         for (part, _), tokens in zip(self.parts, self.train):
             windows = (len(tokens) - cfg.block_size) // cfg.block_size
             if windows < 1:
                 raise UserError(f"{part.folder}/train.bin has {len(tokens):,} tokens: too few for "
                                 f"a window of block_size={cfg.block_size} and its shift")
-            self.orders.append(Shuffle(windows, cfg.seed))
+            self.orders.append(EpochPermutation(windows, cfg.seed))
 
-    def place(self, i):
-        """(number of the set, first token) of the i-th sample of the whole run."""
-        k, i = self.deck.at(i)
-        window, chance = self.orders[k].at(i)
-        return k, window * self.cfg.block_size + int(chance * self.cfg.block_size)
+    def locate(self, i):
+        """Return (number of the set, first token) of the i-th sample of the run."""
+        k, i = self.sampler.at(i)
+        window, offset = self.orders[k].at(i)
+        return k, window * self.cfg.block_size + int(offset * self.cfg.block_size)
 
     def window(self, i):
-        """The block_size + 1 tokens of the i-th sample of the whole run."""
-        k, start = self.place(i)
+        """Return the block_size + 1 tokens of the i-th sample of the run."""
+        k, start = self.locate(i)
         return self.train[k][start:start + self.cfg.block_size + 1]
 
     def batch(self, step, micro):
-        """ids, targets (batch_size, block_size) and no doc_ids, of one global micro-batch."""
-        windows = [self.window(i).astype(np.int64) for i in step_rows(self.cfg, step, micro)]
+        """Return ids and targets (batch_size, block_size), and None for doc_ids, of a micro-batch.
+
+        micro counts the micro-batches of the step over all processes.
+        """
+        numbers = rows_of_micro_batch(self.cfg, step, micro)
+        windows = [self.window(i).astype(np.int64) for i in numbers]
         rows = torch.from_numpy(np.stack(windows))  # (batch_size, block_size + 1)
         return rows[:, :-1], rows[:, 1:], None
 
     def widest(self):
-        """As many tokens as a micro-batch can have."""
+        """Return a micro-batch of the largest size."""
         return self.batch(0, 0)
 
-    def where(self, step):
-        """Where the tokens of a step come from, for a message: places in the sets' train.bin."""
+    def describe(self, step):
+        """Return where the tokens of a step come from, for a message: offsets in train.bin."""
         rows = rows_of_step(self.cfg, step)
-        places = [self.place(i) for i in rows[:8]]
-        shown = ", ".join(f"{self.parts[k][0].folder.name}[{start}]" for k, start in places)
+        starts = [self.locate(i) for i in rows[:8]]
+        shown = ", ".join(f"{self.parts[k][0].folder.name}[{start}]" for k, start in starts)
         return f"windows {shown}" + (f" and {len(rows) - 8:,} more" if len(rows) > 8 else "")
 
     def n_trained(self, step):
-        """Trained tokens of a whole step."""
+        """Return the trained tokens of a whole step."""
         return tokens_per_step(self.cfg)
 
     def tokens_read(self, steps):
-        """Tokens of the first so many steps of the run."""
+        """Return the tokens of the first `steps` steps of the run."""
         return steps * tokens_per_step(self.cfg)
 
     def epochs(self, steps):
-        """{name of a set: how often so many steps go through it}."""
+        """Return {name of a set: epochs of it in so many steps}."""
         rows = steps * self.cfg.gradient_accumulation_steps * self.cfg.batch_size
-        return {part.folder.name: rows * cards / DECK / order.n
-                for (part, _), cards, order in zip(self.parts, self.deck.cards, self.orders)}
+        return {part.folder.name: rows * n / CYCLE / order.n
+                for (part, _), n, order in zip(self.parts, self.sampler.counts, self.orders)}
 
     def val_sizes(self):
-        """Tokens evaluated of each set: its share of eval_tokens, or all."""
+        """Return how many tokens of each set are evaluated: its share of eval_tokens, or all."""
         wanted = [math.ceil(self.cfg.eval_tokens * weight) for _, weight in self.parts]
         return [min(len(val), n or len(val)) for val, n in zip(self.val, wanted)]
 
     def val_batches(self):
-        """The first tokens of each set in windows side by side; each is predicted exactly once."""
+        """Yield the first tokens of each set in adjacent windows; each is predicted once."""
         T = self.cfg.block_size
         for val, n in zip(self.val, self.val_sizes()):
             y = val[:n].astype(np.int64)
-            x = np.append(self.tokenizer.eot, y[:-1])  # a document's end comes before the first
+            x = np.append(self.tokenizer.eot, y[:-1])  # the first follows a document's end
             pad = -n % T
             x = torch.from_numpy(np.append(x, np.zeros(pad, dtype=np.int64))).view(-1, T)
             y = torch.from_numpy(np.append(y, np.full(pad, -1))).view(-1, T)
@@ -153,7 +158,7 @@ class TextData:
                 yield x[i:i + self.cfg.batch_size], y[i:i + self.cfg.batch_size], None
 
     def scores(self, loss):
-        """Mean loss, nats per token -> also in bits per byte and per character of the val text."""
+        """Return the loss (nats per token) also as bits per byte and per character of the text."""
         splits, sizes = [part.meta["splits"]["val"] for part, _ in self.parts], self.val_sizes()
         bits = loss / math.log(2) * sum(sizes)
         n_bytes, chars = (sum(n * s[key] / s["tokens"] for n, s in zip(sizes, splits))
@@ -161,6 +166,6 @@ class TextData:
         return dict(val_loss=loss, bpb=bits / n_bytes, bpc=bits / chars)
 
     def prompts(self):
-        """(shown, ids) of the samples during training; a text begins a document."""
+        """Return (text, ids) of each prompt for samples during training; it begins a document."""
         starts = [s for s in self.cfg.sample_start.split("|") if s]
         return [(s, [self.tokenizer.eot, *self.tokenizer.encode(s)]) for s in starts]

@@ -1,22 +1,24 @@
-"""What a run will cost, said before its first step, and the micro-batch that fits the device.
+"""Estimate tokens, FLOPs and memory of a run, and fit the micro-batch to the device.
 
-    python -m engine.plan        # a table of memory and days for three sizes on 1, 8 and 64 H200s
+    python -m training.estimate  # a table of memory and days for three sizes on 1, 8 and 64 H200s
 """
 from collections import Counter
 from types import SimpleNamespace
 
 import torch
 
-from config import UserError, is_out_of_memory
-from engine.machine import PEAK_FLOPS, free_memory, largest, to_device
-from gpt import GPT, GPTConfig, Muon
+from common.command_line import UserError, is_out_of_memory
+from common.device import PEAK_FLOPS, free_memory, to_device
+from gpt import GPT, GPTConfig
+from training.distributed import Context, all_reduce_max
+from training.optim import Muon
 
-MANY_EPOCHS = 4  # Muennighoff et al., arXiv:2305.16264
+MANY_EPOCHS = 4  # more repetition gains little (Muennighoff et al., arXiv:2305.16264)
 GIB = 2**30
 
 
 def state_bytes(model, optimizer):
-    """(weights, gradients, optimizer states) of a model in bytes, before any sharding.
+    """Return bytes of (weights, gradients, optimizer states) of a model, before any sharding.
 
     Weights and gradients are float32; AdamW keeps two moments, Muon one for the blocks' matrices.
     """
@@ -26,7 +28,7 @@ def state_bytes(model, optimizer):
 
 
 def activation_bytes(config, tokens, dtype):
-    """About what one forward keeps for its backward, without torch.compile (which keeps less).
+    """Return about the bytes a forward keeps for its backward; torch.compile keeps less.
 
     A block keeps, per token: its two inputs in float32; in dtype both normed inputs, q, k, v, what
     attention gives, and the MLP's inner values; qwen3 also q and k around their norm and rotation.
@@ -40,16 +42,16 @@ def activation_bytes(config, tokens, dtype):
 
 
 def logits_bytes(config, tokens, budget, dtype):
-    """The chunk of logits at hand: in dtype where that is not float32, twice in float32; and the
-    gradients that the loss makes ahead of the backward, of the head's weight."""
+    """Return bytes of one chunk of logits (in dtype if that is not float32, and twice in float32),
+    and of the head's gradient, which the loss computes in the forward pass."""
     per_logit = 8 + (dtype.itemsize if dtype != torch.float32 else 0)
-    chunk = min(tokens * config.vocab_size, max(budget, config.vocab_size))
-    return chunk * per_logit + config.vocab_size * config.n_embd * 4
+    chunk = min(tokens * config.padded_vocab_size, max(budget, config.padded_vocab_size))
+    return chunk * per_logit + config.padded_vocab_size * config.n_embd * 4
 
 
 def muon_bytes(model, optimizer):
-    """What Muon's step holds at once, for a slice of matrices of one shape: four of their size
-    (directions, their stack, its product, the update) and up to 2.5 Gram matrices beside these."""
+    """Return bytes a step of Muon holds for one slice of matrices of one shape: four of their size
+    (directions, their stack, its product, the update) and up to 2.5 Gram matrices."""
     if optimizer != "muon":
         return 0
     shapes = Counter(p.shape for p in model.blocks.parameters() if p.dim() == 2)
@@ -57,80 +59,81 @@ def muon_bytes(model, optimizer):
                * (4 * shape.numel() + 5 * min(shape) ** 2 // 2) for shape, n in shapes.items())
 
 
-def memory_plan(model, cfg, machine):
-    """{what: bytes} of one process; activations and logits are gone when Muon steps."""
-    tokens, shards = cfg.batch_size * cfg.block_size, machine.world if machine.fsdp else 1
+def memory_plan(model, cfg, ctx):
+    """Return {part: bytes} of one process. Activations and logits are freed before Muon's step."""
+    tokens, shards = cfg.batch_size * cfg.block_size, ctx.world_size if ctx.fsdp else 1
     weights, gradients, states = state_bytes(model, cfg.optimizer)
-    if machine.dtype != torch.float32:  # autocast keeps a copy of every weight
-        weights += weights // 4 * machine.dtype.itemsize
-    if machine.fsdp:  # one block, and wte with the head, are whole at a time
-        whole = max(sum(p.numel() for p in model.blocks[0].parameters()), model.head.numel())
-        weights += 4 * shards * whole
-    activations = activation_bytes(model.config, tokens, machine.dtype)
-    logits = logits_bytes(model.config, tokens, model.logits_budget(), machine.dtype)
+    if ctx.dtype != torch.float32:  # autocast keeps a copy of every weight
+        weights += weights // 4 * ctx.dtype.itemsize
+    if ctx.fsdp:  # the root's tensors and one block are whole at once, on every rank
+        outside, inside = model.n_params()
+        weights += 4 * shards * (outside + inside // len(model.blocks))
+    activations = activation_bytes(model.config, tokens, ctx.dtype)
+    logits = logits_bytes(model.config, tokens, model.logits_budget(), ctx.dtype)
     return {"weights, gradients and optimizer": (weights + gradients + states) / shards,
             "activations": activations, "logits": logits,
             "Muon's step beyond these": max(0, muon_bytes(model, cfg.optimizer) - activations
                                             - logits)}
 
 
-def print_plan(cfg, machine, model, data, step, kind):
-    """Size, tokens, epochs, FLOPs and memory of the run; warns of what will not go well."""
+def print_plan(cfg, ctx, model, data, step, kind):
+    """Print size, tokens, epochs, FLOPs and memory of the run; warn of too many epochs."""
     c, (embedding, body) = model.config, model.n_params()
-    tokens = data.tokens_read(cfg.max_iters)
+    tokens = data.tokens_read(cfg.max_iters) - data.tokens_read(step)
+    per_step = tokens / max(1, cfg.max_iters - step)
     epochs = data.epochs(cfg.max_iters)
     shown = ", ".join(f"{name} {n:.1f}" for name, n in epochs.items())
     print(f"{cfg.out_dir}: {c.arch}, {(embedding + body) / 1e6:.2f}M parameters "
-          f"({embedding / 1e6:.2f}M in embeddings), {machine.device.type} "
-          f"{str(machine.dtype)[6:]}, {machine.world} process{'es' * (machine.world > 1)}"
-          f"{', sharded' * machine.fsdp}\n"
-          f"steps {step:,} to {cfg.max_iters:,} of {tokens / cfg.max_iters:,.0f} tokens = "
+          f"({embedding / 1e6:.2f}M in embeddings), {ctx.device.type} "
+          f"{str(ctx.dtype)[6:]}, {ctx.world_size} process{'es' * (ctx.world_size > 1)}"
+          f"{', sharded' * ctx.fsdp}\n"
+          f"steps {step:,} to {cfg.max_iters:,} of {per_step:,.0f} tokens = "
           f"{tokens / 1e6:,.1f}M tokens = {shown} epochs, "
           f"{model.flops_per_token(cfg.block_size) * tokens:.2g} FLOPs")
-    memory = memory_plan(model, cfg, machine)
+    memory = memory_plan(model, cfg, ctx)
     parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in memory.items() if n)
     print(f"memory a process: about {sum(memory.values()) / GIB:.2f} GiB ({parts})", flush=True)
-    free = free_memory() if machine.device.type == "cpu" else 0
+    free = free_memory() if ctx.device.type == "cpu" else 0
     if free and sum(memory.values()) > free:
         print(f"only {free / GIB:.2f} GiB of memory are free: lower batch_size")
     for name, n in epochs.items():
         if n > MANY_EPOCHS and kind == "base":
-            print(f"{name} will be read {n:.1f} times: past {MANY_EPOCHS} a model gains little "
-                  "and begins to recite. Take more text, fewer steps or less weight")
+            print(f"{name} will be read {n:.1f} times: after {MANY_EPOCHS} epochs a model gains "
+                  "little and starts to memorise. Use more text, fewer steps or a smaller weight")
 
 
-def fit_micro_batch(cfg, machine, model, data):
-    """Try one micro-batch, with room for the optimizer; too large a batch_size is divided.
+def fit_micro_batch(cfg, ctx, model, data):
+    """Try one micro-batch, with room for the optimizer; divide a batch_size that is too large.
 
-    gradient_accumulation_steps grows by as much, so every step still reads the same rows. All
-    processes agree. A sharded model can't be tried by one process alone, and is not.
+    gradient_accumulation_steps grows by the same factor, so every step still reads the same rows.
+    All processes choose alike. A sharded model is not tried: its ranks must run forward together.
     """
-    while not machine.fsdp:
-        failed = largest(int(not fits(cfg, machine, model, data)), machine)
+    while not ctx.fsdp:
+        failed = all_reduce_max(not fits(cfg, ctx, model, data), ctx)
         if not failed:
             return
         if cfg.batch_size == 1:
             raise UserError(f"not even one row of block_size={cfg.block_size} fits in the memory "
-                            f"of {machine.device}: lower block_size, n_layer or n_embd")
-        by = next(d for d in range(2, cfg.batch_size + 1) if cfg.batch_size % d == 0)
-        print(f"batch_size={cfg.batch_size} does not fit in the memory of {machine.device}; going "
-              f"on with --batch_size={cfg.batch_size // by} "
-              f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps * by}", flush=True)
-        cfg.batch_size //= by
-        cfg.gradient_accumulation_steps *= by
+                            f"of {ctx.device}: lower block_size, n_layer or n_embd")
+        factor = next(d for d in range(2, cfg.batch_size + 1) if cfg.batch_size % d == 0)
+        print(f"batch_size={cfg.batch_size} does not fit in the memory of {ctx.device}; ", end="")
+        cfg.batch_size //= factor
+        cfg.gradient_accumulation_steps *= factor
+        print(f"continuing with --batch_size={cfg.batch_size} "
+              f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps}", flush=True)
 
 
-def fits(cfg, machine, model, data):
-    """Whether forward and backward of a micro-batch find room beside the optimizer's states."""
+def fits(cfg, ctx, model, data):
+    """Return whether a micro-batch's forward and backward fit beside the optimizer's states."""
     try:
         room = torch.empty(state_bytes(model, cfg.optimizer)[2], dtype=torch.uint8,
-                           device=machine.device)
-        batch = [to_device(t, machine.device) for t in data.widest()]
-        with machine.autocast():
+                           device=ctx.device)
+        batch = [to_device(t, ctx.device) for t in data.widest()]
+        with ctx.autocast():
             loss, _ = model(*batch)
         loss.backward()
         del loss
-        torch.empty(muon_bytes(model, cfg.optimizer), dtype=torch.uint8, device=machine.device)
+        torch.empty(muon_bytes(model, cfg.optimizer), dtype=torch.uint8, device=ctx.device)
         del room
         return True
     except RuntimeError as e:
@@ -139,13 +142,13 @@ def fits(cfg, machine, model, data):
         return False
     finally:
         model.zero_grad(set_to_none=True)
-        if machine.device.type == "cuda":
+        if ctx.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def main(cards=(1, 8, 64), tokens=(10e9, 100e9), mfu=0.4):
-    """GPT-2's shapes with 50,304 words, rows of 1,024 tokens, bfloat16; at an assumed MFU."""
-    print("| model | cards | micro-batch | GiB a card | with --fsdp | "
+    """Print the table for GPT-2's shapes, 50,304 tokens, context 1,024, bfloat16, assumed MFU."""
+    print("| model | GPUs | micro-batch | GiB a GPU | with --fsdp | "
           + " | ".join(f"days for {t / 1e9:.0f}B" for t in tokens) + " |")
     print("|---" * (5 + len(tokens)) + "|")
     for name, n_layer, n_head, n_embd, rows in (
@@ -157,8 +160,8 @@ def main(cards=(1, 8, 64), tokens=(10e9, 100e9), mfu=0.4):
         for world in cards:
             gib = []
             for fsdp in (False, True):
-                machine = SimpleNamespace(world=world, fsdp=fsdp, dtype=torch.bfloat16)
-                gib.append(sum(memory_plan(model, cfg, machine).values()) / GIB)
+                ctx = Context(torch.device("cuda"), torch.bfloat16, 0, world, fsdp)
+                gib.append(sum(memory_plan(model, cfg, ctx).values()) / GIB)
             seconds = [model.flops_per_token(1024) * t / (world * PEAK_FLOPS["H200"] * mfu)
                        for t in tokens]
             print(f"| {name} | {world} | {rows} | {gib[0]:.1f} | "

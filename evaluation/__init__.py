@@ -1,0 +1,1 @@
+"""Evaluate a model: questions and their prompts, likelihoods of texts and answers."""

@@ -1,0 +1,173 @@
+"""Batches of dialogues: several in a row, the loss on the answers only."""
+from bisect import bisect_left, insort
+from collections import defaultdict
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from common.command_line import UserError
+from tokens.batches import EpochPermutation
+
+
+def truncate_dialogue(ids, tok, max_tokens):
+    """Return the first whole messages of a dialogue that fit max_tokens.
+
+    ids: 1-D array. The result is empty if no complete answer fits.
+    """
+    if len(ids) <= max_tokens:
+        return ids
+    message_ends = np.flatnonzero(ids[:max_tokens] == tok.im_end)
+    ids = ids[:message_ends[-1] + 1] if len(message_ends) else ids[:0]
+    return ids if tok.loss_mask(ids).any() else ids[:0]
+
+
+def pack(lengths, row_size):
+    """Return rows, lists of item indices, whose lengths add up to at most row_size.
+
+    Best fit decreasing: the longest item first, each into the row where it leaves the least room.
+    """
+    rows, by_room, rooms = [], defaultdict(list), []  # by_room: {room left: rows}; rooms: sorted
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(rooms, lengths[item])
+        if at == len(rooms):  # no row has room for it
+            room, row = row_size, []
+            rows.append(row)
+        else:
+            room = rooms[at]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[at]
+        row.append(item)
+        room -= lengths[item]
+        if not by_room[room]:
+            insort(rooms, room)
+        by_room[room].append(row)
+    return rows
+
+
+class ChatData:
+    """Rows of at most block_size positions, each packed with dialogues; attention stays inside one.
+
+    The rows of a step have about the same length, and a micro-batch is as wide as its longest row,
+    so there is hardly any padding. An epoch is every row once, with its steps in a new order.
+
+    For each split: dialogues are arrays of ids, rows are lists of indices into dialogues, longest
+    row first, row_lengths (n_rows,) are the positions that the rows fill.
+    """
+
+    def __init__(self, bins, cfg):
+        if bins.kind != "chat":
+            raise UserError(f"{bins.folder} holds texts; sft.py takes a chat set (prepare.py chat)")
+        if len(bins.parts) > 1:
+            raise UserError(f"dataset={cfg.dataset}: sft.py takes one set. Prepare them together: "
+                            "python prepare.py belle sharegpt --name=chat")
+        self.bins, self.cfg, self.tokenizer = bins, cfg, bins.tokenizer
+        self.dialogues, self.rows, self.row_lengths = {}, {}, {}
+        for split in ("train", "val"):
+            self.load_split(split)
+        rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
+        n_rows = len(self.rows["train"])
+        self.steps = np.array_split(np.arange(n_rows), -(-n_rows // rows_per_step))
+        self.order = EpochPermutation(len(self.steps), cfg.seed)
+        # n_trained and batch read the same rows of a step
+        self.packed_row = lru_cache(maxsize=4096)(self.packed_row)
+
+    def load_split(self, split):
+        """Truncate the dialogues of a split, pack them into rows, and sort the rows by length."""
+        tokens, starts = self.bins.tokens(split), self.bins.starts(split)
+        full = [tokens[a:b] for a, b in zip(starts, starts[1:])]
+        # a position predicts the next token, so n tokens take n - 1 positions
+        kept = [truncate_dialogue(ids, self.tokenizer, self.cfg.block_size + 1) for ids in full]
+        n_cut = sum(0 < len(k) < len(f) for k, f in zip(kept, full))
+        self.dialogues[split] = kept = [ids for ids in kept if len(ids)]
+        if not kept:
+            raise UserError(f"{self.bins.folder}: no {split} dialogue has an answer within "
+                            f"{self.cfg.block_size} tokens, the context of the base model. Use a "
+                            "base with a larger block_size, or prepare with --val_fraction=0.05")
+        rows = pack([len(ids) - 1 for ids in kept], self.cfg.block_size)
+        lengths = np.array([sum(len(kept[i]) - 1 for i in row) for row in rows])
+        tie_break = np.random.default_rng(self.cfg.seed).random(len(rows))
+        order = np.lexsort((tie_break, -lengths))  # the longest first, equal ones shuffled
+        self.rows[split], self.row_lengths[split] = [rows[i] for i in order], lengths[order]
+        widths = np.repeat(lengths[order][::self.cfg.batch_size], self.cfg.batch_size)[:len(rows)]
+        print(f"{split}: {len(kept):,} dialogues in {len(rows):,} rows, "
+              f"{1 - lengths.sum() / widths.sum():.1%} padding; {n_cut:,} cut after a message, "
+              f"{len(full) - len(kept):,} dropped (first answer too long)")
+
+    def packed_row(self, split, index):
+        """Return ids, targets, doc_ids of a row, each (row length,) int64; targets outside the
+        answers are -1."""
+        parts = []
+        for doc_id, item in enumerate(self.rows[split][index]):
+            ids = self.dialogues[split][item].astype(np.int64)
+            targets = np.where(self.tokenizer.loss_mask(ids), ids, -1)
+            parts.append((ids[:-1], targets[1:], np.full(len(ids) - 1, doc_id)))
+        return [np.concatenate(arrays) for arrays in zip(*parts)]
+
+    def collate(self, split, indices):
+        """Return ids, targets, doc_ids, each (rows, length of the longest row) int64.
+
+        Padding is a document of its own without targets; no indices give one position of it.
+        """
+        width = max((self.row_lengths[split][i] for i in indices), default=1)
+        shape = (max(1, len(indices)), width)
+        batch = np.zeros(shape, np.int64), np.full(shape, -1), np.full(shape, width)
+        for i, index in enumerate(indices):
+            for padded, values in zip(batch, self.packed_row(split, index)):
+                padded[i, :len(values)] = values
+        return [torch.from_numpy(array) for array in batch]
+
+    def rows_of_step(self, step):
+        """Return the indices of the training rows of a step of the run."""
+        return self.steps[self.order.at(step)[0]]
+
+    def batch(self, step, micro):
+        """Return ids, targets and doc_ids of a micro-batch of at most batch_size rows.
+
+        micro counts the micro-batches of the step over all processes.
+        """
+        micros = np.array_split(self.rows_of_step(step), self.cfg.gradient_accumulation_steps)
+        return self.collate("train", micros[micro])
+
+    def widest(self):
+        """Return a micro-batch of the largest size."""
+        return self.collate("train", range(min(self.cfg.batch_size, len(self.rows["train"]))))
+
+    def n_trained(self, step):
+        """Return the number of targets of a step, over all its micro-batches."""
+        rows = [self.packed_row("train", index) for index in self.rows_of_step(step)]
+        return max(1, sum(int((targets >= 0).sum()) for _, targets, _ in rows))
+
+    def tokens_read(self, steps):
+        """Return the tokens of the first `steps` steps of the run, without padding."""
+        epochs, rest = divmod(steps, len(self.steps))
+        lengths, last = self.row_lengths["train"], range(steps - rest, steps)
+        return int(epochs * lengths.sum() + sum(lengths[self.rows_of_step(s)].sum() for s in last))
+
+    def describe(self, step):
+        """Return which rows a step reads, for a message."""
+        rows = self.rows_of_step(step)
+        return f"rows {rows[0]:,} to {rows[-1]:,} of {self.bins.folder.name}, packed"
+
+    def epochs(self, steps):
+        """Return {name of the set: epochs of it in so many steps}."""
+        return {self.bins.folder.name: steps / len(self.steps)}
+
+    def val_batches(self):
+        """Yield the batches of the first val rows, as many as eval_tokens asks for (0: all)."""
+        n_rows = len(self.rows["val"])
+        if self.cfg.eval_tokens:
+            n_rows = min(n_rows, -(-self.cfg.eval_tokens // self.cfg.block_size))
+        for i in range(0, n_rows, self.cfg.batch_size):
+            yield self.collate("val", range(i, min(i + self.cfg.batch_size, n_rows)))
+
+    def scores(self, loss):
+        """Return the val loss, in nats per assistant token."""
+        return dict(val_loss=loss)
+
+    def prompts(self):
+        """Return (question, ids) of each question asked during training."""
+        tok = self.tokenizer
+        return [(q, tok.encode_chat([dict(role="user", content=q)]) + tok.role_header("assistant"))
+                for q in self.cfg.sample_start.split("|") if q]

@@ -1,0 +1,19 @@
+"""The embedded demo set, prepared on first use."""
+import subprocess
+import sys
+from pathlib import Path
+
+from common.command_line import UserError
+from tokens.bins import set_folder
+
+SETS = ("demo", "demo_chat")  # what `prepare.py demo` writes
+
+
+def prepare_demo(name):
+    """Prepare the demo sets if `name` is one of them and is missing."""
+    if name not in SETS or (set_folder(name) / "meta.json").is_file():
+        return
+    print("preparing the embedded text", flush=True)
+    script = Path(__file__).parent.parent / "prepare.py"
+    if subprocess.run([sys.executable, str(script), "demo"]).returncode:
+        raise UserError("the demo set was not prepared")

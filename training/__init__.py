@@ -1,0 +1,1 @@
+"""What a run needs in addition to its loop: optimizers, processes, checkpoints, log, estimate."""
