@@ -201,7 +201,7 @@ def measure(contenders, batches):
 
 
 def our_kinds(cfg, what):
-    """Ours, in each number type worth comparing."""
+    """Ours, in each dtype worth comparing."""
     if what != "sample" or cfg.dtype != "auto":
         return ["ours"]
     on_cpu = choose_device(cfg.device).type == "cpu"

@@ -1,4 +1,4 @@
-"""The laws of the model, and of the road from raw text to a chat model."""
+"""The model equals transformers', its parts equal their definitions."""
 import json
 import math
 import os

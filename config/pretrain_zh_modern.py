@@ -1,4 +1,4 @@
-"""The size of config/pretrain_zh.py in today's manner: Qwen3's architecture, Muon, own tokenizer.
+"""The depth and width of config/pretrain_zh.py with Qwen3's architecture, Muon and own tokenizer.
 
     python prepare.py wiki --tokenizer=bytebpe --vocab_size=16384 --name=wiki_16k
     python pretrain.py config/pretrain_zh_modern.py
@@ -20,5 +20,5 @@ learning_rate = 5e-3              # embedding and norms: 2e-2 at 192 wide, less 
 muon_lr = 3e-3                    # 3e-3, 6e-3, 1e-2 reached 6.75, 6.82, 6.97 at 192 wide
 min_lr = 5e-4
 warmup_iters = 200
-max_iters = 10_000                # 655M tokens
+max_iters = 10_000                # 655M tokens, about five epochs; lower it for fewer
 weight_decay = 0.1

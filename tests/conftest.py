@@ -24,10 +24,10 @@ import torch  # noqa: E402  (reads the environment above)
 
 from common.command_line import run_main  # noqa: E402
 
-# ---- one suite, two number types ----
+# ---- one suite, two dtypes ----
 
 def pytest_addoption(parser):
-    parser.addoption("--auto-dtype", choices=("float32", "bfloat16"), help="number type that "
+    parser.addoption("--auto-dtype", choices=("float32", "bfloat16"), help="dtype that "
                      "dtype=auto means in every script; default: what suits this machine")
 
 
@@ -149,7 +149,7 @@ def two_sets(demo, tmp_path_factory):
 @pytest.fixture(scope="session")
 def base(demo, tmp_path_factory):
     """A folder with the demo sets and a finished tiny base run in out/tiny."""
-    from test_road import train
+    from test_scripts import train
     folder = with_sets(tmp_path_factory.mktemp("base"), demo)
     train(folder, "--out_dir=out/tiny", "--block_size=128", "--max_iters=12")
     return folder

@@ -12,8 +12,8 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from test_engine import torchrun
-from test_road import curve, settings, weights
+from test_distributed import torchrun
+from test_scripts import curve, settings, weights
 from test_training import GivenData, keep_gradients, make_trainer, uneven_batches
 
 import pretrain

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_line, run
-from test_road import train
+from test_scripts import train
 
 import eval as evaluation
 from common.command_line import UserError

@@ -2,7 +2,7 @@
 import json
 
 import torch
-from test_road import back_to_the_checkpoint_before, train, weights
+from test_scripts import back_to_the_checkpoint_before, train, weights
 
 from gpt import GPT, GPTConfig
 from models.hf import from_pretrained, save_pretrained

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, one_line, run, run_process, succeed
-from test_road import TINY, back_to_the_checkpoint_before, chat_settings, curve, settings, train
+from test_scripts import TINY, back_to_the_checkpoint_before, chat_settings, curve, settings, train
 
 import pretrain
 import sample

@@ -1,4 +1,4 @@
-"""The laws of the training engine: many processes equal one, nothing bad is kept."""
+"""Several processes equal one, memory, what a run keeps and refuses."""
 import itertools
 import json
 import math
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENV, ROOT, one_line, run
-from test_road import TINY, curve, settings, train, weights
+from test_scripts import TINY, curve, settings, train, weights
 
 import pretrain
 from common.command_line import is_out_of_memory

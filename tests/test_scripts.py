@@ -1,4 +1,4 @@
-"""The laws of the road: training that resumes exactly, fine-tuning, sampling, plain refusals."""
+"""The scripts: training that resumes exactly, fine-tuning, sampling, refusals in one line."""
 import json
 import math
 import shlex
