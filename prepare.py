@@ -321,8 +321,10 @@ def prepare_sources(words, cfg):
     check_replaceable(Path("data") / name)
     kind = "text" if any(SOURCES[s].kind == "text" for s in names) else "chat"
     cfg.val_fraction = cfg.val_fraction or 0.005
-    from models.folders import newest_model  # imports torch, which the workers must not
-    base = newest_model("base") if kind == "chat" and not cfg.tokenizer else None
+    base = None
+    if kind == "chat" and not cfg.tokenizer:
+        from models.folders import newest_model  # here, because it imports torch
+        base = newest_model("base")
     if base:
         print(f"tokenizer: that of {base}")
     tok = make_tokenizer(cfg.tokenizer or str(base or "qwen"), sources, cfg)

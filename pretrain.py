@@ -64,6 +64,7 @@ import torch
 
 from common.command_line import UserError, is_out_of_memory, run_main
 from common.device import to_device
+from common.files import current_folder
 from common.settings import check_ranges, configure
 from gpt import GPT, GPTConfig
 from models.folders import SAMPLING, load_base_model, save_model, saved_value
@@ -153,8 +154,7 @@ class Trainer:
 
     def take_step(self):
         """Run train_step and count it; return False if a signal interrupted it."""
-        result = self.train_step()
-        if result is None:
+        if (result := self.train_step()) is None:
             return False
         self.step += 1
         self.progress.add(self.step, *result)
@@ -200,8 +200,7 @@ class Trainer:
         if not self.scaler.is_enabled() or norm.isfinite():
             for opt in self.optimizers:
                 opt.step()
-        if self.scaler.is_enabled():
-            self.scaler.update()
+        self.scaler.update()  # of its scale; does nothing unless in float16
         for opt in self.optimizers:
             opt.zero_grad(set_to_none=True)  # None: memory is free until the next backward
         return norm
@@ -299,11 +298,12 @@ class Trainer:
 
     def finish(self):
         """Save final/, run.json and the curve; return 0."""
-        speed = round(self.progress.mean_speed(self.step), 1)
-        self.save_model("final")
+        with self.progress.timer.paused():
+            self.save_model("final")
         if self.ctx.is_main:
             self.runlog.write_metadata(self.metadata(
-                finished=self.step, best_val_loss=self.best, tokens_per_second=speed))
+                finished=self.step, best_val_loss=self.best,
+                tokens_per_second=round(self.progress.mean_speed(self.step), 1)))
             plot_losses(self.runlog.path)
         return 0
 
@@ -317,8 +317,7 @@ class Trainer:
 
     def dry_run(self):
         """Time a few steps, leave out_dir unchanged; return 0."""
-        for _ in range(1 + TIMED_STEPS):
-            self.take_step()
+        for _ in range(1 + TIMED_STEPS): self.take_step()
         self.progress.mean_loss(self.step)  # refuses a loss that is not finite
         print("dry_run: out_dir is unchanged")
         return 0
@@ -352,7 +351,9 @@ def train(cfg, make_model, make_data, kind):
     bins = open_sets(cfg.dataset)
     checkpoint = find_checkpoint(cfg, bins, ctx)
     step = checkpoint["step"] if checkpoint else 0
-    finished = step >= cfg.max_iters and saved_value(Path(cfg.out_dir) / "final", "step") == step
+    final = current_folder(Path(cfg.out_dir) / "final")
+    finished = step >= cfg.max_iters and (final / "config.json").is_file() and (
+        saved_value(final, "step") in (None, step))  # None: saved by an older version
     if all_reduce_max(finished and ctx.is_main, ctx):
         destroy_process_group()
         print(f"{cfg.out_dir} is finished at step {step:,}. A larger --max_iters continues it; "

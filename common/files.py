@@ -30,19 +30,21 @@ def replace(source, target):
         try:
             return os.replace(source, target)
         except PermissionError as e:
-            if delay is None or sys.platform != "win32":
+            if sys.platform != "win32":
+                raise
+            if delay is None:
                 e.strerror = f"{e.strerror}; does another program have it open?"
                 raise
             time.sleep(delay)
 
 
 def replace_folder(part, folder):
-    """Rename the finished folder `part` to `folder`. An old one is renamed to `folder`.old first
-    and removed last; readers take it while the new one is missing (see current_folder)."""
+    """Rename the finished folder `part` to `folder`. An old one is renamed to `folder`.replaced
+    first and removed last; readers take it while the new one is missing (see current_folder)."""
     for file in Path(part).iterdir():
         with open(file, "rb+") as f:
             os.fsync(f.fileno())
-    old = Path(f"{folder}.old")
+    old = Path(f"{folder}.replaced")
     if Path(folder).exists():
         shutil.rmtree(old, ignore_errors=True)
         replace(folder, old)
@@ -51,8 +53,8 @@ def replace_folder(part, folder):
 
 
 def current_folder(folder):
-    """Return `folder`, or `folder`.old where a killed replace_folder left only that."""
-    old = Path(f"{folder}.old")
+    """Return `folder`, or `folder`.replaced where a killed replace_folder left only that."""
+    old = Path(f"{folder}.replaced")
     return old if old.is_dir() and not Path(folder).exists() else Path(folder)
 
 

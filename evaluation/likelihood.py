@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from common.command_line import UserError
 from gpt import linear_cross_entropy
+from tokens.batches import windows
 
 
 def bar(items, unit, total=None):
@@ -20,26 +21,6 @@ def bar(items, unit, total=None):
 
 
 # ---- documents ----
-
-def windows(tokens, eot, block_size, stride, batch_size):
-    """Yield ids and targets, each (rows <= batch_size, block_size) int64, of windows over tokens.
-
-    tokens: (n,). Each token is a target exactly once; where windows overlap, the later one has
-    targets of -1. The first token follows an <|endoftext|>, as every later document does.
-    """
-    y = np.asarray(tokens, dtype=np.int64)
-    x = np.append(eot, y[:-1])
-    firsts = range(0, max(1, len(y) - block_size + stride), stride)
-    for i in range(0, len(firsts), batch_size):
-        batch = firsts[i:i + batch_size]
-        ids = torch.zeros(len(batch), block_size, dtype=torch.long)
-        targets = torch.full_like(ids, -1)
-        for row, first in enumerate(batch):
-            n, seen = min(block_size, len(y) - first), block_size - stride if first else 0
-            ids[row, :n] = torch.from_numpy(x[first:first + n])
-            targets[row, seen:n] = torch.from_numpy(y[first + seen:first + n])
-        yield ids, targets
-
 
 def bits_per_byte(model, tok, docs, stride=0, batch_size=8):
     """Return documents, tokens, bytes, characters, nats (per token), bpb and bpc of docs.

@@ -68,7 +68,7 @@ def load_model(path, dropout=0.0, block_size=0, add_chat_tokens=False):
 
     add_chat_tokens: add rows for the control tokens of chats where the vocabulary lacks them.
     """
-    path = str(current_folder(path)) if Path(f"{path}.old").is_dir() else path
+    path = str(current_folder(path)) if Path(f"{path}.replaced").is_dir() else path
     if (Path(path) / "best" / "config.json").is_file():
         raise UserError(f"{path} is a run; its models are {path}/best and {path}/final")
     if Path(path).is_file():

@@ -93,16 +93,55 @@ def test_a_run_killed_before_its_first_step_does_not_refuse_itself(place, monkey
 
 def test_the_old_model_is_read_while_the_new_one_is_not_in_place(base, place):
     shutil.copytree(base / "out/tiny", place / "out/x")
-    (place / "out/x/best").rename(place / "out/x/best.old")
-    (place / "out/x/final").rename(place / "out/x/final.old")
+    (place / "out/x/best").rename(place / "out/x/best.replaced")
+    (place / "out/x/final").rename(place / "out/x/final.replaced")
     words = ("sample.py", "--start=数学", "--max_new_tokens=4")
     for more in ((), ("--model=out/x/best",)):
         assert "out/x/best" in succeed(run(place, *words, *more)).stderr
     done = train(place, "--out_dir=out/x", "--block_size=128", "--max_iters=12")
     assert "is finished at step 12" in done.stdout
     train(place, "--out_dir=out/x", "--block_size=128", "--max_iters=14")
-    assert not list((place / "out/x").glob("*.old"))
+    assert not list((place / "out/x").glob("*.replaced"))
     assert config_of(place / "out/x/final")["step"] == 14
+
+
+def test_a_run_finished_by_an_older_version_stays_as_it_is(base, place):
+    shutil.copytree(base / "out/tiny", place / "out/x")
+    file = place / "out/x/final/config.json"
+    config = config_of(place / "out/x/final")
+    del config["step"]  # older versions did not write it
+    file.write_text(json.dumps(config), encoding="utf-8")
+    words = ("--out_dir=out/x", "--block_size=128", "--max_iters=12")
+    assert "is finished at step 12" in train(place, *words).stdout
+    assert config_of(place / "out/x/final") == config
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_resumed_run_does_not_keep_its_checkpoint_open(place):
+    train(place, "--out_dir=out/x", "--max_iters=3")
+    (file,) = checkpoint_files(place / "out/x")
+    cfg, bins = settings(f"--out_dir={place / 'out/x'}"), Bins("demo", place / "data")
+    ctx = pretrain.init_context(cfg)
+    found = checkpoint.find_checkpoint(cfg, bins, ctx)
+    trainer = pretrain.Trainer(cfg, ctx, checkpoint.restore_model(cfg, found),
+                               pretrain.TextData(bins, cfg), "base", found)
+    assert trainer.step == 3
+    del found
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        assert str(file.resolve()) not in maps.read()
+
+
+def test_a_backup_beside_a_model_or_a_set_is_left_alone(place):
+    for folder in ("out/x/best.old", "data/own.old"):
+        (place / folder).mkdir(parents=True)
+        (place / folder / "mine.txt").write_text("mine", encoding="utf-8")
+    train(place, "--out_dir=out/x", "--max_iters=10")
+    for _ in range(2):
+        succeed(run(place, "prepare.py", "wiki", ROOT / "data/raw/demo/wiki_zh/AA/wiki_00",
+                    "--tokenizer=data/demo", "--name=own"))
+        (place / "data/own/.DS_Store").write_bytes(b"")  # a file manager has looked at it
+    assert (place / "out/x/best.old/mine.txt").exists()
+    assert (place / "data/own.old/mine.txt").exists()
 
 
 # ---- a chat that is stopped ----
@@ -197,13 +236,23 @@ def test_the_main_process_alone_checks_a_checkpoint_for_all(place, monkeypatch):
     monkeypatch.chdir(place)
     ctx = SimpleNamespace(is_main=False, world_size=2, launches=[])
     # 4: what the main process found
-    monkeypatch.setattr(checkpoint, "all_reduce_max", lambda step, ctx: 4)
+    monkeypatch.setattr(checkpoint, "all_reduce_max",
+                        lambda number, ctx: number if isinstance(number, bool) else 4)
     monkeypatch.setattr("zipfile.ZipFile", None)
     cfg, bins = settings("--out_dir=out/x"), Bins("demo", place / "data")
     assert checkpoint.find_checkpoint(cfg, bins, ctx)["step"] == 4
     cfg.out_dir = "out/elsewhere"
     with pytest.raises(UserError, match="ckpt_step_4.pt is not there for every process"):
         checkpoint.find_checkpoint(cfg, bins, ctx)
+
+
+def test_a_refusal_under_torchrun_is_one_line(place):
+    train(place, "--out_dir=out/x", "--max_iters=2")
+    done = run_process(place, "pretrain.py", *TINY, "--out_dir=out/x", "--seed=2",
+                       torchrun=("--nproc_per_node=2",))
+    assert done.returncode and done.stderr.count("was made with seed=1337, not 2") == 1
+    assert "Gloo" not in done.stderr and "Connection closed" not in done.stderr
+    assert "pretrain.py\", line" not in done.stderr  # no traceback of ours
 
 
 def test_a_restart_with_overwrite_goes_on_with_its_own_run_alone(place, monkeypatch):

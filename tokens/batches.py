@@ -72,6 +72,26 @@ class MixtureSampler:
         return k, cycle * int(self.counts[k]) + int(self.before[i])
 
 
+def windows(tokens, eot, block_size, stride, batch_size):
+    """Yield ids and targets, each (rows <= batch_size, block_size) int64, of windows over tokens.
+
+    tokens: (n,). Each token is a target exactly once; where windows overlap, the later one has
+    targets of -1. The first token follows an <|endoftext|>, as every later document does.
+    """
+    y = np.asarray(tokens, dtype=np.int64)
+    x = np.append(eot, y[:-1])
+    firsts = range(0, max(1, len(y) - block_size + stride), stride)
+    for i in range(0, len(firsts), batch_size):
+        batch = firsts[i:i + batch_size]
+        ids = torch.zeros(len(batch), block_size, dtype=torch.long)
+        targets = torch.full_like(ids, -1)
+        for row, first in enumerate(batch):
+            n, seen = min(block_size, len(y) - first), block_size - stride if first else 0
+            ids[row, :n] = torch.from_numpy(x[first:first + n])
+            targets[row, seen:n] = torch.from_numpy(y[first + seen:first + n])
+        yield ids, targets
+
+
 class TextData:
     """Windows of a text set, or of several mixed by weight.
 
@@ -149,13 +169,8 @@ class TextData:
         """Yield the first tokens of each set in adjacent windows; each is predicted once."""
         T = self.cfg.block_size
         for val, n in zip(self.val, self.val_sizes()):
-            y = val[:n].astype(np.int64)
-            x = np.append(self.tokenizer.eot, y[:-1])  # the first follows a document's end
-            pad = -n % T
-            x = torch.from_numpy(np.append(x, np.zeros(pad, dtype=np.int64))).view(-1, T)
-            y = torch.from_numpy(np.append(y, np.full(pad, -1))).view(-1, T)
-            for i in range(0, len(x), self.cfg.batch_size):
-                yield x[i:i + self.cfg.batch_size], y[i:i + self.cfg.batch_size], None
+            for ids, targets in windows(val[:n], self.tokenizer.eot, T, T, self.cfg.batch_size):
+                yield ids, targets, None
 
     def scores(self, loss):
         """Return the loss (nats per token) also as bits per byte and per character of the text."""

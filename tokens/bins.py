@@ -22,6 +22,7 @@ from tokens.tokenizer import Tokenizer
 
 VERSION = 1
 SPLITS = ("train", "val")
+SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"}
 OWN_FILES = {"train.bin", "val.bin", "train.idx", "val.idx", "tokenizer.json", "meta.json",
              "tokenizer_config.json", "inspect.png"}
 
@@ -38,7 +39,7 @@ def set_folder(name, root="data"):
 
 def check_replaceable(folder):
     """Raise a UserError if folder holds anything but a prepared set: it would be removed."""
-    names = {p.name for p in Path(folder).glob("*") if not p.name.endswith(".part")}
+    names = {p.name for p in Path(folder).glob("*") if not p.name.endswith(".part")} - SYSTEM_FILES
     if others := sorted(names - OWN_FILES):
         raise UserError(f"{folder} holds other files ({others[0]}). Choose another --name")
     if names and names <= {"tokenizer.json", "tokenizer_config.json"}:

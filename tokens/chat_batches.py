@@ -72,6 +72,7 @@ class ChatData:
         self.order = EpochPermutation(len(self.steps), cfg.seed)
         # n_trained and batch read the same rows of a step
         self.packed_row = lru_cache(maxsize=4096)(self.packed_row)
+        self.epoch_tokens = lru_cache(maxsize=2)(self.epoch_tokens)
 
     def load_split(self, split):
         """Truncate the dialogues of a split, pack them into rows, and sort the rows by length."""
@@ -141,9 +142,14 @@ class ChatData:
 
     def tokens_read(self, steps):
         """Return the tokens of the first `steps` steps of the run, without padding."""
-        epochs, rest = divmod(steps, len(self.steps))
-        lengths, last = self.row_lengths["train"], range(steps - rest, steps)
-        return int(epochs * lengths.sum() + sum(lengths[self.rows_of_step(s)].sum() for s in last))
+        epoch, i = divmod(steps, len(self.steps))
+        total = int(self.row_lengths["train"].sum())
+        return epoch * total + (int(self.epoch_tokens(epoch)[i - 1]) if i else 0)
+
+    def epoch_tokens(self, epoch):
+        """Return the tokens read after each step of an epoch, without padding."""
+        steps = range(epoch * len(self.steps), (epoch + 1) * len(self.steps))
+        return np.cumsum([self.row_lengths["train"][self.rows_of_step(s)].sum() for s in steps])
 
     def describe(self, step):
         """Return which rows a step reads, for a message."""

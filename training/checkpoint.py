@@ -12,7 +12,7 @@ from common.command_line import UserError, is_out_of_memory
 from common.files import replace
 from gpt import GPT, GPTConfig
 from models.folders import atomic_write
-from training.distributed import all_reduce_max
+from training.distributed import all_reduce_max, destroy_process_group
 
 SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
 KEYS = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers", "scaler", "data"}
@@ -51,7 +51,15 @@ def save_checkpoint(out_dir, state):
 
 def find_checkpoint(cfg, bins, ctx):
     """Return the checkpoint to resume from, or None. The main process chooses it for all ranks."""
-    found = newest_checkpoint(cfg, bins, ctx.launches) if ctx.is_main else None
+    found = refusal = None
+    if ctx.is_main:
+        try:
+            found = newest_checkpoint(cfg, bins, ctx.launches)
+        except UserError as e:
+            refusal = e
+    if all_reduce_max(refusal is not None, ctx):  # then all ranks end, the main one says why
+        destroy_process_group()
+        raise refusal or SystemExit(2)
     step = all_reduce_max(found["step"] if found else -1, ctx)
     if step < 0 or ctx.is_main:
         return found
@@ -70,6 +78,8 @@ def newest_checkpoint(cfg, bins, launches):
     out = Path(cfg.out_dir)
     # torchrun restarts the same command after a crash: --overwrite must not remove its own work
     restarted = bool(set(launches) & set(read_run(out).get("launches", ())))
+    if not launches:  # torchrun without log files gives its launches no name
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     files = [] if cfg.overwrite and not restarted else checkpoint_files(out)
     if files and cfg.init_from == "scratch" and not restarted:
         raise UserError(f"{out} holds a run already. Choose another --out_dir, or add --overwrite")

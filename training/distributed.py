@@ -205,7 +205,8 @@ def load_optimizer_state(optimizer, state):
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
         for name, value in values.items():
-            if name == "step":
+            if name == "step":  # a number; copied, because it may be mapped from the file
+                values[name] = value.clone() if torch.is_tensor(value) else value
                 continue
             if value.shape != params[i].shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}")

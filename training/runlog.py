@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from common.command_line import UserError
-from common.files import lock, replace, write_file
+from common.files import current_folder, lock, replace, write_file
 from training.checkpoint import checkpoint_files
 
-RUN_FILES = ("ckpt_step_*.pt", "best", "best.old", "final", "final.old", "log.jsonl", "run.json",
-             "loss.png")
+RUN_FILES = ("ckpt_step_*.pt", "best", "best.replaced", "final", "final.replaced", "log.jsonl",
+             "loss.png")  # run.json is replaced
 TRACKER_FILES = ("tensorboard", "wandb", "wandb_id")
 PARTIAL_FILES = ("ckpt_step_*.part", "best.part", "final.part")  # left by a killed run
 
@@ -40,22 +40,22 @@ class RunLog:
         self.lock = lock(self.path / ".lock", f"another run is writing to {self.path}")
         if step == 0 and not self.cfg.overwrite and checkpoint_files(self.path):
             raise UserError(f"another run has written to {self.path} meanwhile; start again")
-        if not (self.path / "run.json").exists():  # a run killed from here on is known as this one
-            self.write_metadata(metadata)
+        if not checkpoint_files(self.path) and not (self.path / "run.json").exists():
+            self.write_metadata(metadata)  # a run killed from here on is known as this one
         if step == 0:
             remove(self.path, *TRACKER_FILES)
         self.trackers = open_trackers(self.cfg, self.path)  # if it fails, an old run is still whole
         if step == 0:
             remove(self.path, *RUN_FILES)
+        self.write_metadata(metadata)
         remove(self.path, *PARTIAL_FILES)
         for name in ("best", "final"):  # killed while the folder was being replaced
-            if (self.path / f"{name}.old").is_dir() and not (self.path / name).exists():
-                replace(self.path / f"{name}.old", self.path / name)
+            if current_folder(self.path / name) != self.path / name:
+                replace(current_folder(self.path / name), self.path / name)
         log = self.path / "log.jsonl"
         lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
         kept = [line for line in lines if step and is_entry_up_to(line, step)]
         write_file(log, "".join(line + "\n" for line in kept))
-        self.write_metadata(metadata)
 
     def write_metadata(self, metadata):
         """Write run.json: settings, versions and data, enough to repeat the run."""
