@@ -334,8 +334,10 @@ def prepare_sources(words, cfg):
 def main(argv=None):
     cfg, words = configure(__file__, argv, files=False)
     check_ranges(cfg, RANGES)
-    if cfg.name in (".", "..", "raw") or Path(cfg.name).name != cfg.name:
-        raise UserError(f"name={cfg.name} must be the name of a folder in data/, other than raw")
+    if cfg.name in (".", "..", "raw") or Path(cfg.name).name != cfg.name or (
+            set(cfg.name) & set(",:") or cfg.name.endswith((".part", ".replaced"))):
+        raise UserError(f"name={cfg.name} must be the name of a folder in data/ other than raw, "
+                        "without , and : and not ending in .part or .replaced")
     command, rest = (words[0], words[1:]) if words else ("", [])
     if command == "demo" and rest:
         raise UserError(f"demo is the embedded text and takes no path ({rest[0]})")

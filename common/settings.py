@@ -90,7 +90,7 @@ def _check_name(cfg, fixed, name, where):
 
 def _typed(name, value, default, where=""):
     if isinstance(default, float) and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else value  # a larger int has no float
     if isinstance(value, str) and not value.isprintable() and not _encodes(value):
         raise UserError(f"{where}{name}={value!r} is not Unicode text")
     if type(value) is not type(default):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from common import files
 from common.command_line import UserError
 from corpus.clean import clean
+from tokens import bins
 from tokens.bins import SPLITS, Bins, BinWriter
 from tokens.tokenizer import IM_END, IM_START, Tokenizer, load_tokenizer, train_bytebpe
 
@@ -382,7 +383,8 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_set(old, tmp_pa
                 read_set(folder)
         moments = iter(())
         write_set(folder / "x", new)
-        assert read_set(folder) == new and [p.name for p in folder.iterdir()] == ["x"]
+        assert read_set(folder) == new
+        assert {p.name for p in folder.iterdir()} == {"x", ".x.lock"}  # write_set never exits
 
 
 def test_a_folder_with_other_files_is_refused_before_any_work(tmp_path):
@@ -409,3 +411,26 @@ def test_a_set_of_an_older_version_is_read(demo, tmp_path):
 @settings(max_examples=300, deadline=None)
 def test_cleaning_twice_changes_nothing(text):
     assert clean(clean(text)) == clean(text)
+
+
+def test_a_second_writer_is_refused_until_the_set_is_in_place(demo, tmp_path, monkeypatch):
+    tok, refused, plain = Bins("demo", demo / "data").tokenizer, [], bins.replace_folder
+
+    def replace_folder(part, folder):
+        with pytest.raises(UserError, match="is being prepared by another process"):
+            BinWriter(tmp_path / "x", tok.vocab_size)
+        refused.append(1)
+        plain(part, folder)
+    monkeypatch.setattr(bins, "replace_folder", replace_folder)
+    with BinWriter(tmp_path / "x", tok.vocab_size) as out:
+        for split in ("train", "val"):
+            out.add(split, [1, tok.eot])
+        out.finish(tok, dict(kind="text", settings={}, sources={}, splits={
+            split: dict(characters=1, bytes=1) for split in ("train", "val")}))
+    assert refused and Bins("x", tmp_path).tokens("train").tolist() == [1, tok.eot]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["x.part", "x.replaced", "a,b", "a:b"])
+def test_a_name_that_other_commands_use_otherwise_is_refused(name, tmp_path):
+    one_line(run(tmp_path, "prepare.py", "text", ".", f"--name={name}"), f"name={name} must be")

@@ -58,7 +58,8 @@ class BinWriter:
         check_replaceable(folder)
         self.part = Path(f"{self.folder}.part")
         self.part.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.part / "lock", f"{self.folder} is being prepared by another process")
+        self.lock_file = self.folder.parent / f".{self.folder.name}.lock"  # outside what is renamed
+        self.lock = lock(self.lock_file, f"{self.folder} is being prepared by another process")
         self.files = {s: open(self.part / f"{s}.bin", "w+b") for s in SPLITS}
         self.restart()
 
@@ -66,10 +67,13 @@ class BinWriter:
         return self
 
     def __exit__(self, *error):
-        for file in (*self.files.values(), self.lock):
+        for file in self.files.values():
             with suppress(OSError):  # closing fails if the disk is full
                 file.close()
         shutil.rmtree(self.part, ignore_errors=True)
+        with suppress(OSError):  # Windows keeps the file of an open lock
+            self.lock_file.unlink()
+        self.lock.close()
 
     def n_docs(self, split):
         return len(self.starts[split]) - 1
@@ -123,8 +127,6 @@ class BinWriter:
                      special_ids=dict(sorted(tokenizer.specials.items(), key=lambda x: x[1])))
         tokenizer.save(self.part, chat=meta["kind"] == "chat")
         write_file(self.part / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
-        self.lock.close()
-        (self.part / "lock").unlink()
         replace_folder(self.part, self.folder)
 
 
