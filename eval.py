@@ -114,9 +114,9 @@ def texts_to_score(name, tok, dropped):
     def is_text(file):
         return suffix(file) in endings
 
-    for doc in read_each(find_files([name], is_text, endings), is_text, read_text):
+    for place, doc in read_each(find_files([name], is_text, endings), is_text, read_text):
         if isinstance(doc, Dropped):
-            dropped[f"{doc.reason} ({doc.where})"] += 1
+            dropped[f"{doc.reason} ({place}: {doc.details})"] += 1
         elif UNDECODABLE in doc or not doc:
             dropped["not text" if doc else "empty"] += 1
         else:

@@ -119,23 +119,23 @@ def download(source, folder):
             f"python prepare.py {source} PATH") from e
 
 
-# ---- batches: (source, documents) ----
+# ---- batches: (source, [(place, document)]) ----
 
 def batches(sources, cfg, count_dropped):
-    """Yield (source, documents) of about BATCH_CHARS characters, in input order.
+    """Yield (source, [(place, document)]) of about BATCH_CHARS characters, in input order.
 
-    count_dropped(source, reason, where) is called for each document that can't be read.
+    count_dropped(source, reason, place, details) is called for each document that can't be read.
     """
     for source, files in sources:
         chat = SOURCES[source].kind == "chat"
         options = dict(evidence=cfg.evidence) if chat else dict(field=cfg.field)
         documents = SOURCES[source].documents(files, **options)
         batch, size = [], 0
-        for doc in itertools.islice(documents, cfg.max_docs or None):
+        for place, doc in itertools.islice(documents, cfg.max_docs or None):
             if isinstance(doc, Dropped):
-                count_dropped(source, doc.reason, doc.where)
+                count_dropped(source, doc.reason, place, doc.details)
                 continue
-            batch.append(doc)
+            batch.append((place, doc))
             size += len(doc.raw if isinstance(doc, WikiPage) else plain_text(doc)) + 100
             if size >= BATCH_CHARS:
                 yield source, batch
@@ -172,38 +172,38 @@ def digest(data):
 
 
 def clean_batch(documents, settings):
-    """Yield (cleaned document, reason to drop it or "", trimmed, digest) of each document."""
-    for doc in documents:
+    """Yield (place, cleaned document, reason to drop it or "", trimmed, digest) of each."""
+    for place, doc in documents:
         doc, reason, trimmed = clean_document(doc, settings.rules)
         key = digest(identity(doc).encode())
         # by the lower half of the hash, because the upper half decides the split
         if not reason and key % 2**32 >= settings.sample * 2**32:
             reason = "not in the sample"
-        yield doc, reason, trimmed, key
+        yield place, doc, reason, trimmed, key
 
 
 def encode_batch(batch, settings):
-    """Return (source, reasons, encoded, ids): why documents are dropped, the Encoded of the others,
-    and their ids one after the other, each with its <|endoftext|>."""
+    """Return (source, dropped, encoded, ids): (reason, place) of dropped documents, the Encoded of
+    the others, and their ids one after the other, each with its <|endoftext|>."""
     source, documents = batch
-    tok, reasons, encoded, pieces = settings.tokenizer, [], [], [np.array([], settings.dtype)]
-    for doc, reason, trimmed, key in clean_batch(documents, settings):
+    tok, dropped, encoded, pieces = settings.tokenizer, [], [], [np.array([], settings.dtype)]
+    for place, doc, reason, trimmed, key in clean_batch(documents, settings):
         if reason:
-            reasons.append(reason)
+            dropped.append((reason, place))
             continue
         text = plain_text(doc)
         ids = tok.encode_chat(doc) if settings.kind == "chat" else tok.encode(text)
         ids.append(tok.eot)
         pieces.append(np.array(ids, settings.dtype))
-        encoded.append(Encoded(key, len(ids), len(text), len(text.encode()), trimmed,
+        encoded.append(Encoded(place, key, len(ids), len(text), len(text.encode()), trimmed,
                                signature(text) if settings.near else None))
-    return source, reasons, encoded, np.concatenate(pieces)
+    return source, dropped, encoded, np.concatenate(pieces)
 
 
 def text_batch(batch, settings):
     """Return [(reason not to train a tokenizer on it or "", digest, text)] of the documents."""
     return [(reason or ("held out" if key < settings.threshold else ""), key, plain_text(doc))
-            for doc, reason, _, key in clean_batch(batch[1], settings)]
+            for _, doc, reason, _, key in clean_batch(batch[1], settings)]
 
 
 # ---- writing ----
@@ -218,13 +218,13 @@ def prepare(sources, kind, name, tok, cfg):
     with BinWriter(folder, tok.vocab_size) as out, tqdm(
             unit=" documents", delay=2, disable=None, leave=False) as progress:
         writer = SplitWriter(out, kind, tok, counts, cfg.val_fraction, cfg.near_duplicates)
-        for source, reasons, encoded, ids in map_batches(
+        for source, dropped, encoded, ids in map_batches(
                 encode_batch, batches(sources, cfg, counts.drop), settings, n_workers):
-            for reason in reasons:
-                counts.drop(source, reason)
+            for reason, place in dropped:
+                counts.drop(source, reason, place)
             writer.add(source, encoded, ids)
             counts.add_time(source)
-            progress.update(len(reasons) + len(encoded))
+            progress.update(len(dropped) + len(encoded))
         if not writer.seen:
             raise UserError(f"no document is left for {folder}: "
                             f"{format_counts(counts.dropped()) or 'the files are empty'}")
@@ -248,7 +248,7 @@ def make_tokenizer(wanted, sources, cfg, vocab_size=16384):
     if wanted != "bytebpe":
         return load_tokenizer(wanted)
     dropped = Counter()
-    batch_iter = batches(sources, cfg, lambda source, reason, where: dropped.update([reason]))
+    batch_iter = batches(sources, cfg, lambda source, reason, *_: dropped.update([reason]))
     results = map_batches(text_batch, batch_iter, worker_settings(cfg),
                           choose_workers(cfg.workers, sources))
     texts = sample_texts(itertools.chain.from_iterable(results), TOKENIZER_CHARS, dropped)

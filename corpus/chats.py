@@ -4,7 +4,7 @@ A dialogue is a list of messages {"role", "content"}. A record without a usable 
 """
 import re
 
-from corpus.files import MAX_CHARS, Dropped
+from corpus.files import MAX_CHARS, Dropped, too_long
 from corpus.records import records
 
 MESSAGE_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog")
@@ -16,23 +16,25 @@ NO_ANSWER = ("", "no_answer")
 
 
 def read_chat(name, stream, evidence=False):
-    """Yield the dialogues of a file in any format that dialogues() knows. Records that are single
-    messages form one dialogue: the whole file."""
+    """Yield (place, dialogue) of a file in any format that dialogues() knows.
+
+    Records that are single messages form one dialogue: the whole file.
+    """
     messages, first_place = [], ""
-    for where, record in records(name, stream):
+    for place, record in records(name, stream):
         message = to_message(record)
         if message and message["role"] in ROLES:
             messages.append(message)
-            first_place = first_place or where
+            first_place = first_place or place
         elif isinstance(record, Dropped):
-            yield record
+            yield place, record
         else:
-            yield from dialogues(record, where, evidence)
+            yield from ((place, dialogue) for dialogue in dialogues(record, evidence))
     if messages:
-        yield check_messages(messages, first_place)
+        yield first_place, check_messages(messages)
 
 
-def dialogues(record, where, evidence):
+def dialogues(record, evidence):
     """Yield the dialogues in a record, a Dropped for each that can't be trained on. The keys of the
     record tell its format.
 
@@ -41,25 +43,25 @@ def dialogues(record, where, evidence):
     if isinstance(record, list):
         record = dict(messages=record)
     if not isinstance(record, dict):
-        yield Dropped("no messages", f"{where}: neither an object nor a list of messages")
+        yield Dropped("no messages", "neither an object nor a list of messages")
     elif key := next((k for k in MESSAGE_KEYS if k in record), None):
-        yield from_messages(record, key, where)
+        yield from_messages(record, key)
     elif "paragraphs" in record or "data" in record or "qas" in record:
-        yield from from_squad(record, where, evidence)
+        yield from from_squad(record, evidence)
     elif "evidences" in record or "passages" in record:
-        yield from from_webqa(record, where, evidence)
+        yield from from_webqa(record, evidence)
     elif "documents" in record or "answers" in record:
-        yield from_dureader(record, where, evidence)
+        yield from_dureader(record, evidence)
     elif "instruction" in record:
-        yield from from_instruction(record, where)
+        yield from from_instruction(record)
     elif any(k in record for k in QUESTION_KEYS + ANSWER_KEYS):
         question = first_text(record, QUESTION_KEYS)
-        yield from_question(record, question, first_text(record, ANSWER_KEYS), where)
+        yield from_question(record, question, first_text(record, ANSWER_KEYS))
     elif record and all(isinstance(value, dict) for value in record.values()):
-        for key, value in record.items():  # WebQA: {id: question}
-            yield from dialogues(value, f"{where}: {key}", evidence)
+        for value in record.values():  # WebQA: {id: question}
+            yield from dialogues(value, evidence)
     else:
-        yield Dropped("no messages", f"{where}: none of the known keys (messages, conversations, "
+        yield Dropped("no messages", "none of the known keys (messages, conversations, "
                       "instruction, question ...)")
 
 
@@ -88,21 +90,21 @@ def to_message(item):
     return dict(role=role, content=content) if both else None
 
 
-def check_messages(messages, where):
+def check_messages(messages):
     """Return the messages with ChatML's roles, or a Dropped if they can't be trained on.
 
     messages: as to_message returns them, None included.
     """
     if not all(messages):
-        return Dropped("no messages", f"{where}: a message without a role or a string as content")
+        return Dropped("no messages", "a message without a role or a string as content")
     for m in messages:
         if m["role"] not in ROLES:
-            return Dropped("unknown role", f"{where}: role {m['role']!r} is none of {list(ROLES)}")
+            return Dropped("unknown role", f"role {m['role']!r} is none of {list(ROLES)}")
         m["role"] = ROLES[m["role"]]
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        return Dropped("no answer", f"{where}: no assistant message with content")
+        return Dropped("no answer", "no assistant message with content")
     if sum(len(m["content"]) for m in messages) > MAX_CHARS:
-        return Dropped("too long", f"{where}: over {MAX_CHARS:,} characters")
+        return too_long()
     return messages
 
 
@@ -120,46 +122,46 @@ def system_message(record):
 
 # ---- formats ----
 
-def from_messages(record, key, where):
+def from_messages(record, key):
     """Return the dialogue of a list of messages, or of firefly's {"human", "assistant"} pairs."""
     items = as_list(record[key])
     if not items:
-        return Dropped("no messages", f"{where}: no list of messages")
+        return Dropped("no messages", "no list of messages")
     if all({"human", "assistant"} <= as_dict(i).keys() for i in items):
         items = [dict(role=role, content=i[role]) for i in items for role in ("human", "assistant")]
     messages = [to_message(item) for item in items]
     if (messages[0] or {}).get("role") != "system":
         messages = [*system_message(record), *messages]
-    return check_messages(messages, where)
+    return check_messages(messages)
 
 
-def from_question(record, question, answer, where):
+def from_question(record, question, answer):
     """Return the dialogue of the record's system message, its history of question-answer pairs,
     question and answer. A Dropped if this last pair alone can't be trained on."""
     history = [m for two in as_list(record.get("history")) if len(as_list(two)) == 2
                for m in question_and_answer(*two)]
-    last = check_messages(question_and_answer(question, answer), where)
+    last = check_messages(question_and_answer(question, answer))
     return last if isinstance(last, Dropped) else check_messages(
-        [*system_message(record), *history, *last], where)
+        [*system_message(record), *history, *last])
 
 
-def from_instruction(record, where):
+def from_instruction(record):
     """Yield the dialogues of a record with an instruction: Alpaca's (instruction, input, output),
     Belle's (a dialogue within the instruction), a seed task (several instances)."""
     instruction = record["instruction"] if isinstance(record["instruction"], str) else ""
     if isinstance(record.get("instances"), list):
         for one in map(as_dict, record["instances"]):
             messages = question_and_answer(with_input(instruction, one), one.get("output"))
-            yield check_messages(messages, where)
+            yield check_messages(messages)
         return
     parts = re.split(r"(?:^|\n)(Human|Assistant)[:：]", instruction.strip())
     if len(parts) > 2 and parts[-2] == "Assistant" and not parts[0].strip() + parts[-1].strip():
         messages = [dict(role="user" if who == "Human" else "assistant", content=content)
                     for who, content in zip(parts[1:-2:2], parts[2:-2:2])]
         last = to_message(dict(role="assistant", content=record.get("output")))
-        yield check_messages([*system_message(record), *messages, last], where)
+        yield check_messages([*system_message(record), *messages, last])
     else:
-        yield from_question(record, with_input(instruction, record), record.get("output"), where)
+        yield from_question(record, with_input(instruction, record), record.get("output"))
 
 
 def with_input(instruction, record):
@@ -167,27 +169,27 @@ def with_input(instruction, record):
     return f"{instruction}\n{more}" if more else instruction
 
 
-def from_squad(record, where, evidence):
+def from_squad(record, evidence):
     """Yield the dialogues of data -> paragraphs -> (context, qas -> (question, answers)), nested
     like this (SQuAD, CMRC 2018, DuReader)."""
     if not isinstance(record.get("qas"), list):
         below = record.get("paragraphs", record.get("data"))
         if not isinstance(below, list):
-            yield Dropped("no messages", f"{where}: no list of paragraphs or questions")
+            yield Dropped("no messages", "no list of paragraphs or questions")
             return
         for part in below:
             if {"paragraphs", "data", "qas"} & as_dict(part).keys():
-                yield from from_squad(part, where, evidence)
+                yield from from_squad(part, evidence)
             else:
-                yield Dropped("no messages", f"{where}: a paragraph without questions")
+                yield Dropped("no messages", "a paragraph without questions")
         return
     for qa in map(as_dict, record["qas"]):
         texts = [a.get("text") if isinstance(a, dict) else a for a in as_list(qa.get("answers"))]
         context = record.get("context") if evidence else ""
-        yield with_first_answer(qa.get("question"), texts, context, f"{where}: {qa.get('id', '')}")
+        yield with_first_answer(qa.get("question"), texts, context)
 
 
-def from_webqa(record, where, evidence):
+def from_webqa(record, evidence):
     """Yield the dialogues of a WebQA question with several texts, of which some answer it: one for
     each text with evidence, else one in all."""
     texts = record.get("evidences", record.get("passages"))
@@ -197,10 +199,10 @@ def from_webqa(record, where, evidence):
     if not evidence or not found:
         found = [([a for answers, _ in found for a in answers], "")]
     for answers, text in found:
-        yield with_first_answer(record.get("question"), answers, text, where)
+        yield with_first_answer(record.get("question"), answers, text)
 
 
-def from_dureader(record, where, evidence):
+def from_dureader(record, evidence):
     """Return the dialogue of a DuReader question: answers by people, documents from the web."""
     documents = map(as_dict, as_list(record.get("documents")) if evidence else [])
     doc = next((d for d in documents if d.get("is_selected")
@@ -208,14 +210,14 @@ def from_dureader(record, where, evidence):
     best = doc.get("most_related_para", 0)
     best = doc["paragraphs"][best:best + 1] if isinstance(best, int) else []
     context = "".join(p for p in best if isinstance(p, str))
-    return with_first_answer(record.get("question"), as_list(record.get("answers")), context, where)
+    return with_first_answer(record.get("question"), as_list(record.get("answers")), context)
 
 
-def with_first_answer(question, answers, context, where):
+def with_first_answer(question, answers, context):
     """Return the dialogue of a question, its context in front, and the first usable answer."""
     answer = next((a for a in answers if isinstance(a, str) and a.strip() not in NO_ANSWER), None)
     if answer is None:
-        return Dropped("unanswerable", "")
+        return Dropped("unanswerable")
     if isinstance(question, str) and isinstance(context, str) and context.strip():
         question = f"{context.strip()}\n\n{question}"
-    return check_messages(question_and_answer(question, answer), where)
+    return check_messages(question_and_answer(question, answer))

@@ -18,14 +18,15 @@ class Counts:
             characters=0, bytes=0, tokens=0, characters_per_token=0.0) for source, files in sources}
         self.seconds, self.last_time = Counter(), time.time()
 
-    def drop(self, source, reason, where=""):
-        """Count a document that is not written; print where the first of each reason are."""
+    def drop(self, source, reason, place, details=""):
+        """Count a document that is not written; print the places of the first of each reason."""
         counts = self.sources[source]
         counts["read"] += 1
         counts["dropped"][reason] += 1
-        if where and counts["dropped"][reason] <= MAX_MESSAGES:
-            where = "".join(c if c.isprintable() else "?" for c in where)
-            tqdm.write(f"prepare.py: {where}; skipped", file=sys.stderr)
+        if counts["dropped"][reason] <= MAX_MESSAGES:
+            message = f"{place}: {details or reason}"
+            message = "".join(c if c.isprintable() else "?" for c in message)
+            tqdm.write(f"prepare.py: {message}; skipped", file=sys.stderr)
 
     def write(self, source, doc):
         """Count a document (tokens.splits.Encoded) that is written."""

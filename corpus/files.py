@@ -1,7 +1,7 @@
 """Files to text: find, decompress, decode.
 
     files = find_files(["corpus"], wanted)
-    for document in read_each(files, wanted, read): ...  # read(name, stream) yields documents
+    for place, document in read_each(files, wanted, read): ...  # read(name, stream) yields these
 
 .gz, .bz2, .xz and .zip files need not be unpacked. A file that can't be read gives a Dropped.
 """
@@ -37,8 +37,8 @@ codecs.register_error("mark", lambda error: (UNDECODABLE, error.end))
 @dataclass
 class Dropped:
     """A document that could not be read."""
-    reason: str  # short; documents are counted by it
-    where: str   # "place: what is wrong", which is printed; "" = nothing to print
+    reason: str        # short; documents are counted by it
+    details: str = ""  # what is wrong, for the user; "" = reason says it
 
 
 def suffix(name):
@@ -147,7 +147,7 @@ def _buffered(name, raw):
 
 
 def read_each(files, wanted, read):
-    """Yield what read(name, stream) yields for every file; a read error becomes a Dropped."""
+    """Yield the (place, document) of read(name, stream) for every file; a read error is a Dropped."""
     for path in files:
         try:
             for name, opened in open_files(path, wanted):
@@ -155,14 +155,18 @@ def read_each(files, wanted, read):
                     with opened() as stream:
                         yield from read(name, stream)
                 except READ_ERRORS as e:
-                    yield _unreadable(name, e)
+                    yield name, unreadable(e)
         except READ_ERRORS as e:
-            yield _unreadable(path, e)
+            yield path, unreadable(e)
 
 
-def _unreadable(name, error):
+def unreadable(error):
     what = str(error) or type(error).__name__
-    return Dropped("unreadable file", f"{name}: can't be read further ({what})")
+    return Dropped("unreadable file", f"can't be read further ({what})")
+
+
+def too_long(max_chars=MAX_CHARS):
+    return Dropped("too long", f"over {max_chars:,} characters")
 
 
 # ---- text ----

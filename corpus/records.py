@@ -1,6 +1,6 @@
 """Text files to records: JSON lines, JSON, tables.
 
-    for place, record in records(name, stream): ...      # place: "file:line"
+    for place, record in records(name, stream): ...  # place: "file:line"
 
 What can't be read is yielded as a Dropped in its place.
 """
@@ -9,7 +9,7 @@ import json
 import re
 
 from common.command_line import UserError
-from corpus.files import MAX_CHARS, READ_ERRORS, Dropped, decoded, head_of, lines, suffix
+from corpus.files import MAX_CHARS, READ_ERRORS, Dropped, decoded, head_of, lines, suffix, too_long, unreadable
 
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside .arrow shards
@@ -58,18 +58,18 @@ def json_lines(name, text):
         place = f"{name}:{number}"
         if len(line) == MAX_CHARS and line[-1] != "\n":
             next((piece for piece in pieces if piece[-1] == "\n"), None)  # skip the rest of it
-            yield place, Dropped("too long", f"{place}: over {MAX_CHARS:,} characters")
+            yield place, too_long()
         elif line := line.strip("\ufeff \t\r\n"):
             try:
                 yield place, json.loads(line)
             except (ValueError, RecursionError) as e:
-                yield place, _not_json(place, e)
+                yield place, _not_json(e)
 
 
-def _not_json(place, error, more=""):
+def _not_json(error, more=""):
     what = "nested too deeply" if isinstance(error, RecursionError) else (
         f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error)
-    return Dropped("not JSON", f"{place}: not JSON ({what}){more}")
+    return Dropped("not JSON", f"not JSON ({what}){more}")
 
 
 def json_values(name, text):
@@ -77,7 +77,7 @@ def json_values(name, text):
     of the file is not read: where its next value begins is unknown."""
     source, read_error = _read_whole(text)
     if len(source) > MAX_JSON_CHARS:
-        yield name, Dropped("too long", f"{name}: over {MAX_JSON_CHARS:,} characters of JSON; "
+        yield name, Dropped("too long", f"over {MAX_JSON_CHARS:,} characters of JSON; "
                             "convert the file to JSON lines (.jsonl), one value a line")
         return
     line, counted = 1, 0
@@ -89,7 +89,7 @@ def json_values(name, text):
     except (ValueError, RecursionError) as e:
         if not read_error:
             place = f"{name}:{getattr(e, 'lineno', line)}"
-            yield place, _not_json(place, e, "; the rest of the file is not read")
+            yield place, _not_json(e, "; the rest of the file is not read")
     if read_error:
         raise read_error
 
@@ -142,7 +142,7 @@ def csv_rows(name, text, delimiter):
         except StopIteration:
             return
         except csv.Error as e:
-            yield place, Dropped("not CSV", f"{place}: not CSV ({e})")
+            yield place, Dropped("not CSV", f"not CSV ({e})")
             continue
         if not any(row):
             continue
@@ -151,8 +151,7 @@ def csv_rows(name, text, delimiter):
         elif len(row) == len(header):
             yield place, dict(zip(header, row))
         else:
-            what = f"{len(row)} fields, the header has {len(header)}"
-            yield place, Dropped("not CSV", f"{place}: {what}")
+            yield place, Dropped("not CSV", f"{len(row)} fields, the header has {len(header)}")
 
 
 def arrow_rows(name, stream, kind):
@@ -177,8 +176,7 @@ def arrow_rows(name, stream, kind):
                 try:
                     row = batch.slice(i, 1).to_pylist()[0]
                 except (ValueError, OverflowError, LookupError):  # not UTF-8, a year past 9999
-                    row = Dropped("bad row", f"{name}: row {number}: can't be converted")
+                    row = Dropped("bad row", "a bad row: can't be converted")
                 yield f"{name}: row {number}", row
     except (pa.ArrowException, *READ_ERRORS, ValueError) as e:
-        place = f"{name}: row {number + 1}"
-        yield place, Dropped("unreadable file", f"{place}: can't be read further ({e})")
+        yield f"{name}: row {number + 1}", unreadable(e)

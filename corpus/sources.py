@@ -1,7 +1,7 @@
 """Files to documents: the sources that prepare.py reads, and the readers of texts.
 
-A reader read(name, stream) yields for each document a str, a WikiPage or a dialogue (a list of
-messages {"role", "content"}), and a Dropped for each document that can't be read.
+A reader read(name, stream) yields (place, document): a str, a WikiPage or a dialogue (a list of
+messages {"role", "content"}), or a Dropped if it can't be read. place is "file" or "file:line".
 """
 import os
 import re
@@ -11,7 +11,8 @@ from functools import partial
 from typing import Callable
 
 from corpus.chats import read_chat
-from corpus.files import MAX_CHARS, Dropped, decoded, head_of, lines, read_each, suffix, text_parts
+from corpus.files import (
+    MAX_CHARS, Dropped, decoded, head_of, lines, read_each, suffix, text_parts, too_long, unreadable)
 from corpus.records import DATASET_FILES, RECORDS, records
 from corpus.wikitext import DISAMBIGUATION, REDIRECT, plain, tidy, unescape
 
@@ -39,7 +40,7 @@ def titled(title, text):
     return text if title in ("", first_line) else f"{title}\n\n{text}"
 
 
-def record_text(record, where, field=""):
+def record_text(record, field=""):
     """Return the text of a record, or a Dropped. field: the key of the text; "" = the first of
     TEXT_KEYS that the record has, and its title is put above it."""
     if isinstance(record, (str, Dropped)):
@@ -50,10 +51,10 @@ def record_text(record, where, field=""):
                 title = record.get("title")
                 title = title.strip() if isinstance(title, str) and not field else ""
                 if len(text) + len(title) > MAX_CHARS:
-                    return Dropped("too long", f"{where}: over {MAX_CHARS:,} characters")
+                    return too_long()
                 return titled(title, text.lstrip()) if title else text
     keys = f"keys: {', '.join(record)[:80]}" if isinstance(record, dict) else "not an object"
-    return Dropped(f"no {field or 'text'}", f"{where}: no string under the key "
+    return Dropped(f"no {field or 'text'}", "no string under the key "
                    f"{field or ' or '.join(TEXT_KEYS)} ({keys}; set the key with --field)")
 
 
@@ -61,10 +62,10 @@ def read_text(name, stream, field=""):
     """Yield a document for each record of a .jsonl .json .csv .parquet .arrow file and of a file
     that begins like JSON; for another file its whole text."""
     if suffix(name) not in RECORDS and head_of(stream).lstrip()[:1] not in ("{", "["):
-        yield from text_parts(stream)
+        yield from ((name, part) for part in text_parts(stream))
     else:
-        for where, record in records(name, stream):
-            yield record_text(record, where, field)
+        for place, record in records(name, stream):
+            yield place, record_text(record, field)
 
 
 def read_wiki(name, stream, field=""):
@@ -76,8 +77,8 @@ def read_wiki(name, stream, field=""):
     elif head.startswith("<doc "):
         yield from doc_blocks(name, decoded(stream))
     else:
-        for doc in read_text(name, stream, field):
-            yield WikiPage("", doc, in_wikitext=False) if isinstance(doc, str) else doc
+        for place, doc in read_text(name, stream, field):
+            yield place, WikiPage("", doc, in_wikitext=False) if isinstance(doc, str) else doc
 
 
 def dump_pages(name, stream):
@@ -93,23 +94,24 @@ def dump_pages(name, stream):
             if tag in ("title", "ns", "text", "redirect"):
                 page[tag] = element.text or ""
             elif tag == "page":
-                yield article(page.get("title", ""), page, name)
+                title = page.get("title", "")
+                yield f"{name}: page {title}", article(title, page)
                 page = {}
             if len(parents) == 1:
                 parents[0].clear()
     except (ET.ParseError, UnicodeError, ValueError) as e:
-        yield Dropped("unreadable file", f"{name}: can't be read further ({e})")
+        yield name, unreadable(e)
 
 
-def article(title, page, name):
+def article(title, page):
     """Return the WikiPage of a page {element: its text}, or a Dropped if it is not an article."""
     text = page.get("text", "")
     reason = ("other namespace" if page.get("ns", "0").strip() != "0" else
               "redirect" if "redirect" in page or REDIRECT.match(text) else
               "disambiguation" if DISAMBIGUATION.search(text) else "")
-    if not reason and len(text) > MAX_CHARS:
-        return Dropped("too long", f"{name}: page {title}: over {MAX_CHARS:,} characters")
-    return Dropped(reason, "") if reason else WikiPage(title, text, in_wikitext=True)
+    if reason:
+        return Dropped(reason)
+    return WikiPage(title, text, in_wikitext=True) if len(text) <= MAX_CHARS else too_long()
 
 
 def doc_blocks(name, text):
@@ -121,30 +123,30 @@ def doc_blocks(name, text):
             if head:
                 title, body, size, first_place = unescape(head[1]), [], 0, f"{name}:{number}"
             elif line.strip():
-                yield Dropped("outside <doc>", f"{name}:{number}: outside of a <doc>")
+                yield f"{name}:{number}", Dropped("outside <doc>")
         elif line.strip() == "</doc>":
-            yield (WikiPage(title, "".join(body), in_wikitext=False) if size <= MAX_CHARS else
-                   Dropped("too long", f"{first_place}: over {MAX_CHARS:,} characters"))
+            yield first_place, (WikiPage(title, "".join(body), in_wikitext=False)
+                                if size <= MAX_CHARS else too_long())
             title = None
         else:
             size += len(line)
             body += [line] if size <= MAX_CHARS else []
     if title is not None:
-        yield Dropped("unreadable file", f"{first_place}: this <doc> does not end")
+        yield first_place, Dropped("unreadable file", "this <doc> does not end")
 
 
 def read_thucnews(name, stream, field=""):
     """Yield the whole text of a file, or if its first line has a tab the document of each line:
     category<TAB>text or title<TAB>class number. field is ignored."""
     if "\t" not in head_of(stream).partition("\n")[0]:
-        yield from text_parts(stream)
+        yield from ((name, part) for part in text_parts(stream))
         return
     for number, line in enumerate(lines(decoded(stream)), 1):
         left, tab, right = line.strip().partition("\t")
         if tab:
-            yield left if right.strip().isdigit() else right
+            yield f"{name}:{number}", left if right.strip().isdigit() else right
         elif left:
-            yield Dropped("no tab", f"{name}:{number}: no tab between category and text")
+            yield f"{name}:{number}", Dropped("no tab", "no tab between category and text")
 
 
 # ---- the sources ----
@@ -153,7 +155,7 @@ def read_thucnews(name, stream, field=""):
 class Source:
     """A kind of raw data that prepare.py knows by name."""
     kind: str           # "text" or "chat"
-    read: Callable      # (name, stream, **options) -> documents
+    read: Callable      # (name, stream, **options) -> (place, document) of each
     endings: tuple      # suffixes of its files; "wiki" = names like wiki_00
     what: str           # description of the files that belong into data/raw/<source>/
     hub: tuple = ()     # (dataset, file) to download if data/raw/<source>/ is empty
@@ -164,7 +166,7 @@ class Source:
         return wiki or suffix(name) in self.endings and os.path.basename(name) not in DATASET_FILES
 
     def documents(self, files, **options):
-        """Yield the documents of the files. options: evidence for chats, field for texts."""
+        """Yield (place, document) of the files. options: evidence for chats, field for texts."""
         return read_each(files, self.wanted, partial(self.read, **options))
 
 

@@ -60,10 +60,9 @@ def read_questions(paths, description, names_file=""):
     names, subjects = read_names(names_file), {}
     for path in find_files(paths, is_table, RECORDS):
         before = len(subjects)
-        for item in read_each([path], is_table, records):
-            if isinstance(item, Dropped):
-                raise UserError(item.where)
-            where, record = item
+        for where, record in read_each([path], is_table, records):
+            if isinstance(record, Dropped) and record.reason == "unreadable file":
+                raise UserError(f"{where}: {record.details}")
             file = where.rpartition(":")[0]
             questions, skipped = subjects.setdefault(file, ([], Counter()))
             question = record.reason if isinstance(record, Dropped) else question_of(record, where)

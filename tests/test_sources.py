@@ -63,6 +63,10 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def read_all(source, files):
+    return [document for _, document in SOURCES[source].documents(files)]
+
+
 def counts_of(name, source="text"):
     return checked_counts(Bins(name))[source]
 
@@ -121,7 +125,7 @@ def test_a_dump_becomes_the_text_a_reader_sees(here, tokenizer):
     assert counts["dropped"] == {"redirect": 2, "other namespace": 2, "disambiguation": 1,
                                  "empty": 1}
     pages = [clean_document(page, Rules())[0]
-             for page in SOURCES["wiki"].documents([str(FIXTURES / "zhwiki.xml")])
+             for page in read_all("wiki", [str(FIXTURES / "zhwiki.xml")])
              if isinstance(page, WikiPage)]
     assert pages[0] == ARTICLE
     assert pages[1].startswith("水\n\n水是氢和氧组成的化合物") and pages[1].endswith("是生命之源。")
@@ -131,7 +135,7 @@ def test_a_dump_becomes_the_text_a_reader_sees(here, tokenizer):
 def test_a_dump_in_utf16_and_bz2_is_the_same_dump(here):
     text = (FIXTURES / "zhwiki.xml").read_text(encoding="utf-8")
     (here / "a.xml.bz2").write_bytes(bz2.compress(text.encode("utf-16")))
-    ours, theirs = ([getattr(d, "raw", type(d)) for d in SOURCES["wiki"].documents([file])]
+    ours, theirs = ([getattr(d, "raw", type(d)) for d in read_all("wiki", [file])]
                     for file in ("a.xml.bz2", str(FIXTURES / "zhwiki.xml")))
     assert ours == theirs
 
@@ -182,9 +186,9 @@ TEXT = "长江是中国最长的河流，发源于青藏高原。\n它流过十�
                                       "gb18030", "gbk"])
 def test_encodings_are_told_apart(encoding, here):
     (here / "a.txt").write_bytes(TEXT.encode(encoding))
-    assert list(SOURCES["text"].documents(["a.txt"])) == [TEXT]
+    assert read_all("text", ["a.txt"]) == [TEXT]
     (here / "a.jsonl").write_bytes(json.dumps({"text": TEXT}, ensure_ascii=False).encode(encoding))
-    assert list(SOURCES["text"].documents(["a.jsonl"])) == [TEXT]
+    assert read_all("text", ["a.jsonl"]) == [TEXT]
 
 
 @pytest.mark.parametrize("data, encoding", [
@@ -203,7 +207,7 @@ def test_news_are_read_in_any_encoding(here):
     for encoding in ("utf-8", "utf-16", "gbk", "utf-16-le"):
         for text, n in ((lines, 5), ("有一条新闻\n\u3000\u3000有正文。", 1)):
             (here / "a.txt").write_bytes(text.encode(encoding))
-            assert len(list(SOURCES["thucnews"].documents(["a.txt"]))) == n, encoding
+            assert len(read_all("thucnews", ["a.txt"])) == n, encoding
 
 
 def test_compressed_files_are_read_as_they_are(here):
@@ -211,21 +215,21 @@ def test_compressed_files_are_read_as_they_are(here):
     for name, compress in (("a.jsonl.gz", gzip.compress), ("a.jsonl.bz2", bz2.compress),
                            ("a.jsonl.xz", lzma.compress)):
         (here / name).write_bytes(compress(lines))
-        assert list(SOURCES["text"].documents([name])) == [f"{TEXT}{i}" for i in range(3)]
+        assert read_all("text", [name]) == [f"{TEXT}{i}" for i in range(3)]
     with zipfile.ZipFile("a.zip", "w") as archive:
         archive.writestr("../../b.jsonl", lines)
         archive.writestr("c/d.jsonl.gz", gzip.compress(lines))
         archive.writestr("picture.png", b"\x89PNG")
-    assert len(list(SOURCES["text"].documents(["a.zip"]))) == 6
+    assert len(read_all("text", ["a.zip"])) == 6
     assert not (here.parent / "b.jsonl").exists()
     os.replace("a.jsonl.gz", "A.JSONL.GZ")
-    assert len(list(SOURCES["text"].documents(["A.JSONL.GZ"]))) == 3
+    assert len(read_all("text", ["A.JSONL.GZ"])) == 3
     os.replace("A.JSONL.GZ", "a.jsonl.gz")
     array = json.dumps([{"text": f"{TEXT}{i}" * 99} for i in range(99)]).encode()
     (here / "a.json.gz").write_bytes(gzip.compress(array))
     for name in ("a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.zip", "a.json.gz"):  # cut short
         (here / name).write_bytes((here / name).read_bytes()[:-20])
-        found = list(SOURCES["text"].documents([name]))
+        found = read_all("text", [name])
         assert isinstance(found[-1], Dropped) and found[-1].reason == "unreadable file", name
     assert len(found) > 9  # of a.json.gz, all elements before the damage
 
@@ -254,16 +258,16 @@ def test_tables_and_saved_datasets_are_read(here):
     want = [f"长江\n\n{TEXT}", "黄河\n\n黄河流过九个省区。"]
     for name in ("a.parquet", "saved"):
         found = files.find_files([name], SOURCES["text"].wanted)
-        assert list(SOURCES["text"].documents(found)) == want
-    rows = list(SOURCES["text"].documents(["a.csv"]))
+        assert list(read_all("text", found)) == want
+    rows = read_all("text", ["a.csv"])
     assert rows[:2] == ["长江\n\n长江是河，\n很长。", "黄河\n\n黄河也是河。"]
     assert [d.reason for d in rows[2:]] == ["not CSV"]
     odd = pa.table({"text": [TEXT, "坏", TEXT], "day": pa.array([0, 2**30, 1], pa.date32())})
     parquet.write_table(odd, "odd.parquet")
-    kinds = [type(d) for d in SOURCES["text"].documents(["odd.parquet"])]
+    kinds = [type(d) for d in read_all("text", ["odd.parquet"])]
     assert kinds == [str, Dropped, str]
     (here / "b.parquet").write_bytes((here / "a.parquet").read_bytes()[:-40])
-    assert [d.reason for d in SOURCES["text"].documents(["b.parquet"])] == ["unreadable file"]
+    assert [d.reason for d in read_all("text", ["b.parquet"])] == ["unreadable file"]
 
 
 values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5),
@@ -293,7 +297,7 @@ ONE, TWO = {"text": f"{TEXT}一"}, {"text": f"{TEXT}二"}
 def test_a_json_file_of_any_shape_is_read_or_counted(text, read, dropped, here, monkeypatch):
     monkeypatch.setattr(records, "MAX_JSON_CHARS", 50_000)
     (here / "a.json").write_text(text, encoding="utf-8")
-    lost = [isinstance(doc, Dropped) for doc in SOURCES["text"].documents(["a.json"])]
+    lost = [isinstance(doc, Dropped) for doc in read_all("text", ["a.json"])]
     assert (lost.count(False), lost.count(True)) == (read, dropped)
 
 
@@ -301,7 +305,7 @@ def test_lines_of_lists_are_a_dialogue_each(here):
     (here / "a.json").write_text("\n".join([json.dumps(QA)] * 5), encoding="utf-8")
     (here / "b.json").write_text(json.dumps(QA, indent=1), encoding="utf-8")
     (here / "c.json").write_text(json.dumps([QA, QA]), encoding="utf-8")
-    assert [len(list(SOURCES["chat"].documents([f"{n}.json"]))) for n in "abc"] == [5, 1, 2]
+    assert [len(read_all("chat", [f"{n}.json"])) for n in "abc"] == [5, 1, 2]
 
 
 def test_an_object_of_questions_gives_each_of_them_within_the_limit(here, monkeypatch):
@@ -311,16 +315,17 @@ def test_an_object_of_questions_gives_each_of_them_within_the_limit(here, monkey
         {"question": f"问{i}", "answers": [{"text": "答"}]}]}]} for i in range(100)]}
     for value in (webqa, squad):
         (here / "a.json").write_text(json.dumps(value), encoding="utf-8")
-        assert list(map(type, SOURCES["chat"].documents(["a.json"]))) == [list] * 100
+        assert list(map(type, read_all("chat", ["a.json"]))) == [list] * 100
     monkeypatch.setattr(records, "MAX_JSON_CHARS", 3000)
-    (lost,) = SOURCES["chat"].documents(["a.json"])
-    assert lost.reason == "too long" and "convert the file to JSON lines" in lost.where
+    (lost,) = read_all("chat", ["a.json"])
+    assert lost.reason == "too long" and "convert the file to JSON lines" in lost.details
 
 
 def test_a_json_error_is_reported_at_its_line(here):
     (here / "a.json").write_text('[\n{"text": "长江"},\n{"text": "黄河",\n "x": y}]', "utf-8")
-    text, lost = SOURCES["text"].documents(["a.json"])
-    assert text == "长江" and lost.where.startswith("a.json:4: not JSON (Expecting value, column 7")
+    (_, text), (place, lost) = SOURCES["text"].documents(["a.json"])
+    assert text == "长江" and place == "a.json:4"
+    assert lost.details.startswith("not JSON (Expecting value, column 7")
 
 
 # ---- dialogues ----
@@ -341,7 +346,7 @@ def test_a_json_error_is_reported_at_its_line(here):
     {"context": "x", "qas": [{"question": "问", "answers": [{"text": "答", "answer_start": 0}]}]},
     {"kind": "x", "input": "问", "target": "答"}])
 def test_every_form_of_one_question_is_the_same_dialogue(record):
-    found = [clean_document(d, Rules())[0] for d in dialogues(record, "x:1", False)]
+    found = [clean_document(d, Rules())[0] for d in dialogues(record, False)]
     assert found == [QA]
 
 
@@ -351,22 +356,22 @@ def test_every_form_of_one_question_is_the_same_dialogue(record):
     ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role"), (QA[:1], "no answer"),
     ({"question": "问", "answer": " ", "history": [["一", "二"]]}, "no answer")])
 def test_dialogues_that_cannot_be_trained_on_are_dropped_by_reason(record, reason):
-    assert [dropped.reason for dropped in dialogues(record, "x:1", False)] == [reason]
+    assert [dropped.reason for dropped in dialogues(record, False)] == [reason]
 
 
 def test_dialogues_keep_their_turns_and_stop_before_an_empty_one():
     belle = {"instruction": "Human:一\nAssistant:二\nHuman:三：Human:不是\nAssistant:", "output": "四"}
-    (found,) = dialogues(belle, "", False)
+    (found,) = dialogues(belle, False)
     assert [m["content"] for m in found] == ["一", "二", "三：Human:不是", "四"]
     history = {"instruction": "三", "output": "四", "history": [["一", "二"]]}
-    assert [m["content"] for m in next(dialogues(history, "", False))] == list("一二三四")
+    assert [m["content"] for m in next(dialogues(history, False))] == list("一二三四")
     doc = [*QA, dict(role="user", content=" "), dict(role="assistant", content="x")]
     assert clean_document(doc, Rules()) == (QA, "", Counter(messages=2))
     record = {"from": "百度", "content": "文", "question": "问", "answer": "答", "system": "是"}
-    assert [m["content"] for m in next(dialogues(record, "", False))] == ["是", "问", "答"]
+    assert [m["content"] for m in next(dialogues(record, False))] == ["是", "问", "答"]
     squad = {"context": "长江很长。", "qas": [{"question": "什么长？", "answers": [{"text": "长江"}]},
                                         {"question": "？", "answers": [], "is_impossible": True}]}
-    asked, refused = dialogues(squad, "", True)
+    asked, refused = dialogues(squad, True)
     assert asked[0]["content"] == "长江很长。\n\n什么长？" and refused.reason == "unanswerable"
 
 
@@ -675,7 +680,7 @@ def test_damaged_samples_never_fail_and_leave_a_trace(here):
         file = here / f"{sample.name.removesuffix('.bz2')}{ending}"
         file.write_bytes(data)
         for source in ("wiki", "thucnews", "text", "chat"):
-            found = list(SOURCES[source].documents([str(file)]))
+            found = list(read_all(source, [str(file)]))
             assert found or not data or ".csv" in file.name  # a single line is only a header
             for doc in found:
                 isinstance(doc, Dropped) or clean_document(doc, Rules())
@@ -701,5 +706,5 @@ def test_any_bytes_are_read_and_accounted_for(data, ending):
         file.write(data)
         file.flush()
         for source in ("wiki", "thucnews", "text", "chat"):
-            list(SOURCES[source].documents([file.name]))
+            list(read_all(source, [file.name]))
         list(records.records(file.name, open(file.name, "rb", buffering=files.SNIFF_BYTES)))

@@ -16,6 +16,7 @@ LARGE = 50_000_000     # training tokens; from here on val_fraction is never adj
 
 class Encoded(NamedTuple):
     """A cleaned and encoded document, without its ids."""
+    place: str           # where it was read: "file" or "file:line"
     key: int             # its 64-bit hash
     tokens: int
     characters: int
@@ -49,7 +50,7 @@ class SplitWriter:
             reason = self.reason_to_drop(doc, split == "val" and foreign)
             chosen.append("" if reason else split)
             if reason:
-                self.counts.drop(source, reason)
+                self.counts.drop(source, reason, doc.place)
                 continue
             self.seen.add(doc.key)
             if split == "train":
