@@ -1,84 +1,169 @@
-"""The work of bench.py's child processes: train, sample, prepare, check numbers, a real run.
+"""The contenders of bench.py: the child processes and the work they do in their turns.
 
-Each kind of work is a function (name, cfg) -> (facts, turn): it gets ready, tells what it knows,
-and turn(batch_size) does a turn of work and returns its numbers.
+A kind of work is a function (name, cfg) -> turn. It runs in the child, gets ready and returns
+turn(size) -> dict, which does a turn of work and returns its numbers: "rate" with its "unit",
+"gib" (peak memory, 0 = unknown) and more to be shown. Weights and tokens are random.
 """
 import json
+import multiprocessing
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from benchmarks.numerics import numeric_checks
 from common.command_line import UserError, is_out_of_memory
-from common.device import choose_device, choose_dtype, peak_flops, peak_memory, synchronize
+from common.device import DTYPES, choose_device, choose_dtype, peak_flops, peak_memory, synchronize
 from gpt import GPT, GPTConfig
 from models.hf import save_pretrained
 from training.distributed import Context, wrap_model
 from training.optim import configure_optimizers
 
 ROOT = Path(__file__).parent.parent
+SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+SPAWN = multiprocessing.get_context("spawn")
 
 
-def serve(name):
-    """Answer the parent: a line of JSON when ready, then one for every turn it asks for."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed, by children too, goes to stderr
-    task = json.loads(sys.stdin.readline())
-    ready = {"train": training, "sample": sampling, "prepare": preparing, "numerics": numerics,
-             "pretrain": pretraining}[task["what"]]
-    facts, turn = ready(name, SimpleNamespace(**task["settings"]))
-    print(json.dumps(facts), file=out, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(turn(json.loads(line))), file=out, flush=True)
+# ---- processes ----
+
+class Contender:
+    """A child process that does a turn of work when asked, until the time cfg.end.
+
+    turns: {size: [results]}; error: why it does no more turns, "" while it does.
+    """
+
+    def __init__(self, name, work, cfg, folder):
+        self.name, self.end, self.turns, self.error = name, cfg.end, {}, ""
+        self.pipe, pipe_of_child = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=serve, args=(pipe_of_child, work, name, cfg, folder))
+        self.process.start()
+        pipe_of_child.close()  # so that recv() fails when the child has ended
+
+    def turn(self, size):
+        """Do a turn of that size, unless the contender has failed."""
+        if self.error:
+            return
+        try:
+            self.pipe.send(size)
+            left = max(0, min(self.end - time.monotonic(), 10**6))  # poll() takes no infinity
+            late = "stopped at the time limit", None
+            self.error, result = self.pipe.recv() if self.pipe.poll(left) else late
+        except (EOFError, OSError):
+            self.error = "the process ended"
+        if self.error:
+            self.kill()
+        else:
+            self.turns.setdefault(size, []).append(result)
+        print(f"  {self.name}: {self.error or describe(result)}", flush=True)
+
+    def kill(self):
+        """End the child and the processes that it has started."""
+        with suppress(OSError, AttributeError):  # Windows has no process groups
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join(3)  # a GPU driver may hold it longer
 
 
-# ---- training ----
-
-def nanogpt_model(cfg):
-    sys.path.insert(0, cfg.vs)
+def serve(pipe, work, name, cfg, folder):
+    """Be the child: do a turn for every size that arrives; send (error, result)."""
+    os.chdir(folder)
+    with suppress(AttributeError):  # not on Windows
+        os.setsid()  # a process group of its own, for kill()
     try:
-        import model as nano
-    except ImportError as e:
-        raise UserError(f"vs={cfg.vs} is no nanoGPT checkout: it has no model.py") from e
-    shape = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    return nano.GPT(nano.GPTConfig(**shape, block_size=cfg.block_size, bias=True))
+        size = pipe.recv()
+        turn = work(name, cfg)  # not before its first turn: it takes memory that others may need
+        while True:
+            pipe.send(("", turn(size)))
+            size = pipe.recv()
+    except Exception as e:
+        if not isinstance(e, (UserError, ImportError)) and not is_out_of_memory(e):
+            traceback.print_exc()
+        pipe.send((" ".join(str(e).split())[:300] or type(e).__name__, None))
 
 
-def our_model(cfg):
-    names = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "block_size")
-    return GPT(GPTConfig(**{name: getattr(cfg, name) for name in names}))
+def run_script(script, *words, cwd=".", seconds=None):
+    """Run a script of this project and tell it to stop after so many seconds."""
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # pretrain.py saves a checkpoint first
+        process.wait()
+        return
+    if code:
+        raise UserError(f"{script} ended with code {code}; its message is above")
 
 
-def our_optimizers(model, optimizer):
-    return configure_optimizers(model, optimizer, 6e-4, 2e-3, 0.1, (0.9, 0.95))
+def describe(result):
+    """Return the numbers of a turn as one line."""
+    formats = dict(rate=f"{{:,.1f}} {result.get('unit')}", gib="{:.2f} GiB", mfu="MFU {:.1%}")
+    return ", ".join(
+        formats.get(key, f"{key} {{:.4g}}" if isinstance(value, float) else f"{key} {{}}")
+        .format(value) for key, value in result.items()
+        if key != "unit" and (value or key not in ("gib", "mfu")))
 
+
+def take_peak(device):
+    """Return the peak memory in GiB: of a GPU since the last call, of a CPU since the start."""
+    gib = peak_memory(device) / 2**30
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return gib
+
+
+# ---- models ----
+
+def make_nanogpt(cfg):
+    sys.path.insert(0, cfg.vs)
+    import model as nanogpt
+    return nanogpt.GPT(nanogpt.GPTConfig(**pick(cfg, SHAPE), bias=True))
+
+
+def make_ours(cfg):
+    return GPT(GPTConfig(**pick(cfg, SHAPE), arch=cfg.arch))
+
+
+def pick(cfg, names):
+    return {name: getattr(cfg, name) for name in names}
+
+
+def contender_dtype(name, cfg, device):
+    """Return the dtype that a contender computes in: that in its name, else that of cfg."""
+    dtype = cfg.dtype
+    if name == "nanoGPT":  # its train.py and sample.py use autocast on a GPU only
+        dtype = cfg.vs_dtype or ("float32" if device.type == "cpu" else dtype)
+    return DTYPES.get(name.split()[-1]) or choose_dtype(dtype, device.type)
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ---- train ----
 
 def make_trainer(name, cfg, device):
-    """(model, optimizers, dtype) of "ours", "ours fsdp" or nanoGPT."""
-    dtype = choose_dtype(cfg.dtype, device.type)
+    """Return (model, optimizers, dtype) of "ours", "ours fsdp" or "nanoGPT"."""
+    dtype = contender_dtype(name, cfg, device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(1)
     if name == "nanoGPT":
-        dtype = torch.float32 if device.type == "cpu" else dtype  # its train.py's nullcontext()
-        model = nanogpt_model(cfg).to(device)
+        model = make_nanogpt(cfg).to(device)
         return model, [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)], dtype
-    model = our_model(cfg).to(device)
+    model = make_ours(cfg).to(device)
     if name == "ours fsdp":
         model = shard_alone(model, device, dtype)
-    return model, our_optimizers(model, cfg.optimizer), dtype
+    return model, configure_optimizers(model, cfg.optimizer, 6e-4, 2e-3, 0.1, (0.9, 0.95)), dtype
 
 
 def shard_alone(model, device, dtype):
-    """fully_shard the model over a group of this one process."""
+    """Shard the model with FSDP over a group of this one process."""
     import torch.distributed as dist
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         os.environ.setdefault(variable, "lo")  # there may be no network
@@ -89,9 +174,9 @@ def shard_alone(model, device, dtype):
 
 
 def train_step(model, optimizers, ids, dtype):
-    """Train ours or nanoGPT's model on ids (rows, block_size + 1); return the mean loss."""
+    """Train ours or nanoGPT's model on ids (rows, T + 1); return the mean loss."""
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with autocast(ids.device, dtype):
         out = model(x, y)  # ours: (sum of the loss, tokens); nanoGPT's: (logits, mean loss)
     loss = out[0] / y.numel() if out[0].dim() == 0 else out[1]
     loss.backward()
@@ -102,15 +187,11 @@ def train_step(model, optimizers, ids, dtype):
     return loss.detach()
 
 
-def training(name, cfg):
-    device = choose_device(cfg.device)
-    on_gpu = device.type == "cuda"
-    if on_gpu:  # the same limit for all; waiting contenders hold their weights
-        torch.cuda.set_per_process_memory_fraction(0.9, device)
-    model, optimizers, dtype = make_trainer(name, cfg, device)
+def make_steps(trainer, cfg, device):
+    """Return run(rows, n) -> (seconds of n training steps, loss of the last)."""
+    model, optimizers, dtype = trainer
 
     def run(rows, n):
-        """(seconds of n steps, loss of the last)."""
         ids = torch.randint(cfg.vocab_size, (rows, cfg.block_size + 1), device=device)
         synchronize(device)
         began = time.perf_counter()
@@ -119,131 +200,126 @@ def training(name, cfg):
         synchronize(device)
         return time.perf_counter() - began, loss.item()
 
-    facts, best, warm = dict(dtype=str(dtype)[6:]), cfg.batch_size, set()
+    return run
+
+
+def train(name, cfg):
+    """Time training steps; the size of a turn is the tokens of a step, 0 = those of cfg.batch_size
+    or of the best one."""
+    device = choose_device(cfg.device)
+    if device.type == "cuda":  # the same limit for all; waiting contenders hold their weights
+        torch.cuda.set_per_process_memory_fraction(0.9, device)
+    model, _, dtype = trainer = make_trainer(name, cfg, device)
+    run = make_steps(trainer, cfg, device)
+    best, more, warm = cfg.batch_size, dict(dtype=str(dtype)[6:]), set()
     if not best:
-        sizes = try_batch_sizes(run, cfg.block_size, device)
+        best, more["largest_batch"] = find_best_batch(run, cfg.block_size, device)
         model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        best = best_batch(sizes)
-        facts |= dict(best=best, largest=max(sizes), not_compiled=sizes)
     if cfg.compile:
-        from torch._dynamo import config as dynamo
-        dynamo.automatic_dynamic_shapes = False  # each batch size is compiled apart
+        torch._dynamo.config.automatic_dynamic_shapes = False  # each batch size is compiled apart
         model.compile() if name == "nanoGPT" else model.compile_parts()
-    flops = our_model_flops(cfg)
+    with torch.device("meta"):
+        flops = make_ours(cfg).flops_per_token(cfg.block_size)
     peak = peak_flops(device, dtype)
 
-    def turn(batch_size):
-        rows = batch_size or best
-        if rows not in warm:
-            run(rows, 2)  # the first makes the optimizer's states, and compiles
+    def turn(size):
+        rows = size // cfg.block_size or best
+        if device.type == "cuda" or rows not in warm:
+            run(rows, 2)  # compiles, makes the optimizer's state, takes memory from the GPU again
             warm.add(rows)
-        if on_gpu:
-            reset_peak(device)
-            run(rows, 1)  # allocates again what was given back
+        take_peak(device)
         seconds, loss = run(rows, cfg.steps)
-        rate, memory = cfg.steps * rows * cfg.block_size / seconds, peak_memory(device)
-        torch.cuda.empty_cache() if on_gpu else None  # room for the others
-        more = dict(mfu=rate * flops / peak) if peak else dict(GFLOPs=round(rate * flops / 1e9))
-        return dict(rate=rate, unit="tokens/s", memory=memory, batch=rows, loss=loss, **more)
+        rate, gib = cfg.steps * rows * cfg.block_size / seconds, take_peak(device)
+        torch.cuda.empty_cache()  # room for the others
+        used = dict(mfu=rate * flops / peak) if peak else {"GFLOP/s": rate * flops / 1e9}
+        return dict(rate=rate, unit="tokens/s", gib=gib, batch=rows, loss=loss) | used | more
 
-    return facts, turn
-
-
-def reset_peak(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    return turn
 
 
-def our_model_flops(cfg):
-    with torch.device("meta"):
-        return our_model(cfg).flops_per_token(cfg.block_size)
-
-
-def try_batch_sizes(run, block_size, device):
-    """{rows: [tokens a second, peak GiB]}, doubled from 4,096 tokens on until memory is full."""
-    sizes, rows = {}, max(1, 4096 // block_size)
+def find_best_batch(run, block_size, device):
+    """Double the rows from 4,096 tokens on until memory is full -> (the fewest rows whose rate is
+    within 2 % of the highest, the most rows)."""
+    rates, rows = {}, max(1, 4096 // block_size)
     while True:
         try:
-            reset_peak(device)
             run(rows, 2)
-            rate = 3 * rows * block_size / run(rows, 3)[0]
-            sizes[rows] = [round(rate), round(peak_memory(device) / 2**30, 2)]
-        except RuntimeError as e:
-            if not sizes:
+            rates[rows] = 3 * rows * block_size / run(rows, 3)[0]
+        except RuntimeError as e:  # memory is full, or a kernel has reached its limit
+            print(f"    {rows} rows: {str(e).splitlines()[0]}", flush=True)
+            if not rates:
                 raise
-            if not is_out_of_memory(e):  # a kernel's own limit: the sizes below it still count
-                traceback.print_exc()
-            return sizes
+            break
+        print(f"    {rows} rows, not compiled: {rates[rows]:,.0f} tokens/s, "
+              f"{take_peak(device):.2f} GiB", flush=True)
         rows *= 2
+    return min(n for n, rate in rates.items() if rate >= 0.98 * max(rates.values())), max(rates)
 
 
-def best_batch(sizes):
-    """The smallest batch whose rate is within 2 % of the highest."""
-    highest = max(rate for rate, _ in sizes.values())
-    return min(rows for rows, (rate, _) in sizes.items() if rate >= 0.98 * highest)
+def print_profile(cfg):
+    """Print the operators that take most of a training step of ours, by their own time."""
+    turn = train("ours", cfg)
+    turn(0)  # the first makes the optimizer's state
+    with torch.profiler.profile() as result:
+        turn(0)
+    kind = "device" if choose_device(cfg.device).type == "cuda" else "cpu"
+    print(result.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=14))
 
 
-# ---- sampling ----
+# ---- sample ----
 
-def sampling(name, cfg):
-    device, n = choose_device(cfg.device), cfg.max_new_tokens
-    name, _, wanted = name.partition(" ")
-    dtype = choose_dtype(wanted or cfg.dtype, device.type)
-    how = dict(temperature=0.8, top_k=200)  # those of nanoGPT's sample.py
-    if name == "ours":
-        model = our_model(cfg).to(device, dtype).eval()
-        model.compile_parts() if cfg.compile else None
-        draw = torch.inference_mode()(lambda ids: sum(1 for _ in model.generate(ids, n, **how)))
-    elif name == "nanoGPT":
-        model = nanogpt_model(cfg).to(device).eval()
-        model.compile() if cfg.compile else None
-        dtype = torch.float32 if device.type == "cpu" else dtype
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+def sample(name, cfg):
+    """Time sampling; the size of a turn is its rows."""
+    device = choose_device(cfg.device)
+    dtype = contender_dtype(name, cfg, device)
+    draw, warm = make_sampler(name, cfg, device, dtype), set()
 
-        def draw(ids):
-            with torch.no_grad(), autocast:
-                model.generate(ids, n, **how)
-    else:
-        from transformers import AutoModelForCausalLM
-        with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(our_model(cfg), folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        draw = lambda ids: model.generate(ids, min_new_tokens=n, max_new_tokens=n, do_sample=True,
-                                          pad_token_id=0, **how)
-    warm = set()
-
-    def turn(batch_size):
-        ids = torch.ones((batch_size, 1), dtype=torch.long, device=device)  # 0 is the padding
-        if batch_size not in warm:
+    def turn(size):
+        ids = torch.ones((size, 1), dtype=torch.long, device=device)  # 0 is the padding
+        if size not in warm:
             draw(ids)
-            warm.add(batch_size)
-        reset_peak(device)
+            warm.add(size)
+        take_peak(device)
+        synchronize(device)
         began = time.perf_counter()
         draw(ids)
         synchronize(device)
-        return dict(rate=n * batch_size / (time.perf_counter() - began), unit="tokens/s",
-                    memory=peak_memory(device), batch=batch_size)
+        return dict(rate=cfg.max_new_tokens * size / (time.perf_counter() - began),
+                    unit="tokens/s", gib=take_peak(device), batch=size, dtype=str(dtype)[6:])
 
-    return dict(dtype=str(dtype)[6:]), turn
+    return turn
 
 
-# ---- preparing ----
+def make_sampler(name, cfg, device, dtype):
+    """Return a function that continues ids (rows, 1) by cfg.max_new_tokens tokens."""
+    n, how = cfg.max_new_tokens, dict(temperature=0.8, top_k=200)  # those of nanoGPT's sample.py
+    if name.startswith("ours"):
+        model = make_ours(cfg).to(device, dtype).eval()
+        return torch.inference_mode()(lambda ids: list(model.generate(ids, n, **how)))
+    if name == "nanoGPT":
+        model = make_nanogpt(cfg).to(device).eval()
+        return torch.no_grad()(autocast(device, dtype)(lambda ids: model.generate(ids, n, **how)))
+    from transformers import AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(make_ours(cfg), folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return lambda ids: model.generate(ids, min_new_tokens=n, max_new_tokens=n, do_sample=True,
+                                      pad_token_id=0, **how)
 
-def preparing(name, cfg):
-    """Text to .bin: prepare.py with two workers; the fast tokenizer of transformers, a document at
-    a time; and the way of nanoGPT's data/openwebtext/prepare.py, datasets.map with tiktoken on two
-    processes, then 1,024 batches into a memmap."""
-    file, tok = Path(cfg.corpus), cfg.tokenizer
-    size = file.stat().st_size / 1e6
-    convert = {"ours": prepare_ours, "transformers": prepare_hf, "nanoGPT": prepare_nanogpt}[name]
-    return {}, lambda _: dict(rate=size / convert(file, tok), unit="MB/s")
+
+# ---- prepare ----
+
+def prepare(name, cfg):
+    """Time the way from text to .bin: prepare.py with two workers; the fast tokenizer of
+    transformers, a document at a time; and nanoGPT's data/openwebtext/prepare.py, which is
+    datasets.map with tiktoken on two processes, then 1,024 batches into a memmap."""
+    size = Path(cfg.corpus).stat().st_size / 1e6
+    convert = dict(ours=prepare_ours, transformers=prepare_hf, nanoGPT=prepare_nanogpt)[name]
+    return lambda _: dict(rate=size / convert(cfg.corpus, cfg.tokenizer), unit="MB/s")
 
 
 def prepare_ours(file, tok):
-    command = [sys.executable, str(ROOT / "prepare.py"), "text", str(file), f"--tokenizer={tok}",
-               "--workers=2", "--name=speed"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run_script("prepare.py", "text", file, f"--tokenizer={tok}", "--workers=2", "--name=speed")
     return json.loads(Path("data/speed/meta.json").read_text(encoding="utf-8"))["run"]["seconds"]
 
 
@@ -266,18 +342,17 @@ def prepare_nanogpt(file, tok):
     from tokens.tokenizer import load_tokenizer
     tok = load_tokenizer(tok)
     datasets.disable_progress_bars()
-    texts = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir="cache")
+    texts = datasets.load_dataset("json", data_files=file, split="train", cache_dir="cache")
 
     def process(example):
-        ids = tok.fast.encode_ordinary(example["text"])
-        ids.append(tok.eot)
+        ids = [*tok.fast.encode_ordinary(example["text"]), tok.eot]
         return dict(ids=ids, len=len(ids))
 
     began = time.time()
     tokenized = texts.map(process, remove_columns=texts.column_names, num_proc=2,
                           load_from_cache_file=False)
-    total = np.sum(tokenized["len"], dtype=np.uint64)
-    arr, at = np.memmap("nanogpt.bin", dtype=np.uint32, mode="w+", shape=(int(total),)), 0
+    total, at = sum(tokenized["len"]), 0
+    arr = np.memmap("nanogpt.bin", dtype=np.uint32, mode="w+", shape=(total,))
     for i in range(1024):
         batch = tokenized.shard(num_shards=1024, index=i, contiguous=True).with_format("numpy")
         ids = np.concatenate(batch["ids"])
@@ -287,84 +362,46 @@ def prepare_nanogpt(file, tok):
     return time.time() - began
 
 
-# ---- numeric checks ----
+# ---- pretrain ----
 
-def numerics(name, cfg):
-    """A turn is one check; one that fails leaves the others to do."""
-    torch.set_float32_matmul_precision("highest")
-    checks = iter(numeric_checks(choose_device(cfg.device), cfg.compile))
+def pretrain(name, cfg):
+    """Run pretrain.py with the shape of config/pretrain_zh_modern.py. The size of a turn is its
+    steps; 0 = as many as fit the time that is left, by the speed of the turn before."""
+    tokens, out = cfg.batch_size * cfg.block_size, Path(cfg.out).with_suffix("")
+    dataset = Path(cfg.dataset or "data/demo").resolve()  # pretrain.py prepares the demo
+    settings = pick(cfg, (
+        "n_layer", "n_head", "n_embd", "block_size", "batch_size", "device", "dtype", "compile"))
+    settings |= dict(
+        n_kv_head=cfg.n_head // (1 if cfg.n_head % 3 else 3), gradient_accumulation_steps=1,
+        dataset=dataset.name, out_dir=out, warmup_iters=100, max_iters=0,
+        checkpoint_interval=10**6)  # one checkpoint, at the end of each turn
+    speed, other_seconds = 0.0, 0.0  # tokens a second; start, compilation and evaluations
 
-    def turn(_):
-        name, limit, check = next(checks)
-        try:
-            error = check()
-        except Exception as e:
-            traceback.print_exc()
-            return dict(check=name, ok=False, why=str(e).strip()[-300:])
-        return dict(check=name, ok=error <= limit, error=error, limit=limit)
-
-    return {}, turn
-
-
-# ---- a real run ----
-
-def pretraining(name, cfg):
-    """pretrain.py with the shape of config/pretrain_zh_modern.py: the first turn takes 30 steps and
-    measures their speed, the second resumes and takes as many as the time allows."""
-    end, n_steps = time.monotonic() + cfg.seconds, 30
-    on_gpu = choose_device(cfg.device).type == "cuda"
-    rows = max(1, 65_536 // cfg.block_size) if on_gpu else cfg.batch_size
-    tokens, out = rows * cfg.block_size, Path(cfg.out).with_suffix("")
-    folder, dataset = Path(cfg.dataset).parents[1], Path(cfg.dataset).name
-    words = {name: getattr(cfg, name) for name in (
-        "n_layer", "n_head", "n_embd", "block_size", "device", "dtype", "compile")}
-    words |= dict(n_kv_head=cfg.n_head // 3 if cfg.n_head % 3 == 0 else cfg.n_head, batch_size=rows,
-                  gradient_accumulation_steps=1, dataset=dataset, out_dir=out, warmup_iters=100,
-                  checkpoint_interval=10**6)  # one at the end of each turn
-    words = [f"--{name}={value}" for name, value in words.items()] + ["--overwrite"]
-
-    def turn(_):
-        nonlocal n_steps
+    def turn(steps):
+        nonlocal speed, other_seconds
         began = time.monotonic()
-        command = [ROOT / "pretrain.py", ROOT / "config/pretrain_zh_modern.py", *words,
-                   f"--max_iters={n_steps}", f"--eval_interval={max(1, n_steps // 4)}",
-                   f"--log_interval={max(10, n_steps // 30)}"]
-        code, lines = run_until(end - 0.1 * (end - began), command, folder)
-        log = out / "log.jsonl"
-        if code not in (0, 143, -15) or not log.is_file():
-            raise UserError(f"pretrain.py ended with code {code}")
-        result = read_log(log) | dict(samples=[s for s in lines if " > " in s][-2:])
-        seconds = time.monotonic() - began
-        others = seconds - n_steps * tokens / result["rate"]  # start, compilation, evaluations
-        n_steps += max(10, int((0.8 * (end - time.monotonic()) - others) * result["rate"] / tokens))
-        words[-1] = "--overwrite=False"
-        return result | dict(tokens=result["step"] * tokens, seconds=seconds)
+        left, first = cfg.end - began, settings["max_iters"]
+        steps = steps or max(10, int((0.8 * left - other_seconds) * speed / tokens))
+        settings.update(
+            overwrite=not first, max_iters=first + steps,
+            eval_interval=max(1, (first + steps) // 4), log_interval=max(10, steps // 30))
+        run_script("pretrain.py", ROOT / "config/pretrain_zh_modern.py",
+                   *(f"--{key}={value}" for key, value in settings.items()),
+                   cwd=dataset.parents[1], seconds=0.9 * left)
+        result, seconds = read_log(out / "log.jsonl"), time.monotonic() - began
+        speed = result["rate"]
+        other_seconds = seconds - steps * tokens / speed
+        return result | dict(tokens=result["step"] * tokens, seconds=seconds, data=dataset.name)
 
-    return dict(dataset=dataset, tokens_per_step=tokens), turn
-
-
-def run_until(end, command, folder):
-    """Run a script and print what it prints -> (exit code, lines); at `end` it is told to stop."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder,
-                               stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    timer = threading.Timer(end - time.monotonic(), process.terminate)
-    timer.start()
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.strip())
-    timer.cancel()
-    return process.wait(), lines
+    return turn
 
 
 def read_log(file):
-    """Speed, last scores and curve of a run."""
+    """Return speed, memory and last scores of a run."""
     entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     logs = [e for e in entries if "loss" in e]
-    scores = [e for e in entries if "val_loss" in e][-1]
-    curve = [(e["step"], round(e["loss"], 4)) for e in logs]
-    return dict(
-        step=entries[-1]["step"], rate=statistics.median(e["tokens_per_second"] for e in logs),
-        unit="tokens/s", memory=int(logs[-1]["memory_gib"] * 2**30), loss=logs[-1]["loss"],
-        val_loss=scores["val_loss"], bpb=scores["bpb"], curve=curve[::-(-len(curve) // 30)],
-        **({"mfu": statistics.median(e["mfu"] for e in logs)} if "mfu" in logs[-1] else {}))
+    last = {key: value for entry in entries for key, value in entry.items()}
+    rate, mfu = (statistics.median(e.get(key, 0) for e in logs)
+                 for key in ("tokens_per_second", "mfu"))
+    return dict(rate=rate, unit="tokens/s", gib=last["memory_gib"], mfu=mfu) | {
+        key: last[key] for key in ("step", "loss", "val_loss", "bpb")}

@@ -1,16 +1,19 @@
 """Numeric checks of gpt.py on any device, against the CPU in float32 and against each other.
 
-    for name, limit, check in numeric_checks(device): error = check()   # must be at most limit
+    for name, limit, check in numeric_checks(device): difference = check()   # at most limit
 
-Errors are relative: the norm of the difference over the norm of the expected values.
+Differences are relative: the norm of the difference over the norm of the expected values.
 """
 import copy
 import io
+import traceback
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.contenders import autocast, train_step
+from common.device import choose_device
 from gpt import GPT, GPTConfig, linear_cross_entropy
 from training.optim import configure_optimizers
 
@@ -19,8 +22,24 @@ ROWS, T, VOCAB = 4, 64, 512
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
+def numerics(name, cfg):
+    """Check numbers, as work of a contender: a turn is one check, whatever its size."""
+    checks = iter(numeric_checks(choose_device(cfg.device), cfg.compile))
+
+    def turn(_):
+        name, limit, check = next(checks)
+        try:
+            difference = check()
+        except Exception:  # the other checks are still to be done
+            traceback.print_exc()
+            difference = float("inf")
+        return dict(check=name, ok=difference <= limit, difference=difference, limit=limit)
+
+    return turn
+
+
 def numeric_checks(device, compile=False):
-    """Yield (name, limit, function that returns the error); with compile the slow ones, last."""
+    """Yield (name, limit, function that returns the difference); with compile the slow ones too."""
     for arch in ("gpt2", "qwen3"):
         yield f"{arch}: cached = uncached, greedy ids", 0, partial(cached_error, arch, device)
         yield f"{arch}: resumed = uninterrupted", 1e-5, partial(resume_error, arch, device)
@@ -46,31 +65,27 @@ def make_model(arch, device):
     return model.to(device)
 
 
-def make_batch(device):
-    """Seeded ids and targets (ROWS, T), equal on every device."""
+def make_ids(device):
+    """Return seeded ids (ROWS, T + 1), equal on every device."""
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(VOCAB, (ROWS, T + 1), generator=generator).to(device)
-    return ids[:, :-1], ids[:, 1:]
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return torch.randint(VOCAB, (ROWS, T + 1), generator=generator).to(device)
 
 
 def distance(got, want):
-    """Relative error of a list of tensors."""
+    """Return the relative difference of two lists of tensors."""
     got, want = (torch.cat([t.detach().double().cpu().flatten() for t in ts]) for ts in (got, want))
     return ((got - want).norm() / want.norm()).item()
 
 
 def loss_error(got, want):
-    """The larger relative error of loss and gradient; got and want: (model, its loss)."""
+    """Return the larger difference of loss and gradient; got and want: (model, its loss)."""
     grads = [torch.autograd.grad(loss, model.parameters()) for model, loss in (got, want)]
     return max(distance([got[1]], [want[1]]), distance(*grads))
 
 
 def chunked_error(arch, device, dtype):
-    model, (ids, targets) = make_model(arch, device), make_batch(device)
+    model, ids = make_model(arch, device), make_ids(device)
+    ids, targets = ids[:, :-1], ids[:, 1:]
     with autocast(device, dtype):
         x = model.hidden(ids).flatten(0, 1)
         chunked = linear_cross_entropy(x, model.head, targets.flatten(), 50 * VOCAB)
@@ -81,7 +96,7 @@ def chunked_error(arch, device, dtype):
 
 @torch.no_grad()
 def packed_error(arch, device, dtype):
-    model, (ids, _) = make_model(arch, device), make_batch(device)
+    model, ids = make_model(arch, device), make_ids(device)[:, :-1]
     lengths = [5, 1, T - 18, 12]
     doc_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).to(device)
     with autocast(device, dtype):
@@ -92,8 +107,8 @@ def packed_error(arch, device, dtype):
 
 @torch.no_grad()
 def cached_error(arch, device):
-    """Number of greedy ids that differ."""
-    model, (ids, _) = make_model(arch, device), make_batch(device)
+    """Count the greedy ids that differ."""
+    model, ids = make_model(arch, device), make_ids(device)[:, :-1]
     context = ids[:, :9]
     cached = torch.stack(list(model.generate(context, T - 9, temperature=0)), dim=1)
     for _ in range(T - 9):
@@ -104,49 +119,40 @@ def cached_error(arch, device):
 class Run:
     """A training run of a small model: AdamW for gpt2, Muon for qwen3."""
 
-    def __init__(self, arch, device, dtype=torch.float32):
-        self.model, self.device, self.dtype = make_model(arch, device), device, dtype
+    def __init__(self, arch, device):
+        self.model, self.ids = make_model(arch, device), make_ids(device)
         self.optimizers = configure_optimizers(
             self.model, "muon" if arch == "qwen3" else "adamw", 3e-3, 3e-3, 0.1, (0.9, 0.95))
 
-    def train(self, first, last):
-        """Do steps first to last - 1 on one batch; return their losses."""
-        losses = []
-        for _ in range(first, last):
-            with autocast(self.device, self.dtype):
-                loss, n = self.model(*make_batch(self.device))
-            (loss / n).backward()
-            for opt in self.optimizers:
-                opt.step()
-                opt.zero_grad(set_to_none=True)
-            losses.append(loss.detach() / n)
-        return losses
+    def train(self, steps, dtype=torch.float32):
+        """Train on one batch; return the losses (steps,) on the CPU."""
+        return torch.stack([train_step(self.model, self.optimizers, self.ids, dtype)
+                            for _ in range(steps)]).cpu()
 
 
 def training_error(arch, device, dtype):
-    """Of how far the loss has fallen after each step."""
-    runs = (Run(arch, device, dtype), Run(arch, torch.device("cpu")))
-    losses = [torch.stack(run.train(0, 9)).cpu() for run in runs]
-    return distance(*([curve[0] - curve[1:]] for curve in losses))
+    """Compare how far the loss has fallen after each step."""
+    got, want = Run(arch, device).train(9, dtype), Run(arch, torch.device("cpu")).train(9)
+    return distance([got[0] - got[1:]], [want[0] - want[1:]])
 
 
 def resume_error(arch, device):
-    """Of the losses of steps 4 to 8; the second run is written and read again after step 3."""
+    """Compare the losses of steps 4 to 8 with those of a run that is saved and loaded after 3."""
     whole, first, second = (Run(arch, device) for _ in range(3))
-    first.train(0, 3)
+    first.train(3)
     file = io.BytesIO()
     torch.save([part.state_dict() for part in (first.model, *first.optimizers)], file)
     file.seek(0)
     states = torch.load(file, weights_only=True, map_location="cpu")
     for part, state in zip((second.model, *second.optimizers), states):
         part.load_state_dict(state)
-    return distance(second.train(3, 8), whole.train(0, 8)[3:])
+    return distance([second.train(5)], [whole.train(8)[3:]])
 
 
 def compile_error(arch, device, dtype):
-    eager, batch = make_model(arch, device), make_batch(device)
+    eager, ids = make_model(arch, device), make_ids(device)
     compiled = copy.deepcopy(eager)
     compiled.compile_parts()
     with autocast(device, dtype):
-        got, want = compiled(*batch)[0], eager(*batch)[0]
-    return loss_error((compiled, got), (eager, want))
+        losses = [model(ids[:, :-1], ids[:, 1:])[0] for model in (compiled, eager)]
+    return loss_error((compiled, losses[0]), (eager, losses[1]))
