@@ -48,13 +48,14 @@ import numpy as np
 from tqdm import tqdm
 
 from common.command_line import UserError, run_main
+from common.cpu import cpu_count
 from common.settings import check_ranges, configure
 from corpus.clean import Rules, clean_document, identity, to_simplified
 from corpus.counts import Counts, format_counts
 from corpus.files import Dropped, find_files
 from corpus.hub import fetch
 from corpus.near_duplicates import signature
-from corpus.pool import cpu_count, map_batches
+from corpus.pool import map_batches
 from corpus.sources import SOURCES, WikiPage
 from tokens.bins import BinWriter, check_replaceable, id_dtype
 from tokens.splits import Encoded, SplitWriter

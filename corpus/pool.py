@@ -1,5 +1,4 @@
 """Map a function over batches in several processes, results in input order."""
-import math
 import multiprocessing
 import os
 import signal
@@ -8,20 +7,8 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
 
 from common.command_line import UserError
-
-
-def cpu_count():
-    """Return the number of cores this process may use: its affinity and its cgroup's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # not Linux, or "max": no quota
-        pass
-    return max(1, cores or 1)
 
 
 def map_batches(function, batches, shared, n_workers):

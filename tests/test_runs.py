@@ -15,10 +15,9 @@ from test_scripts import TINY, back_to_the_checkpoint_before, chat_settings, cur
 import pretrain
 import sample
 import sft
-from common import device, files
+from common import cpu, device, files
 from common.command_line import UserError, run_main
 from common.settings import configure
-from corpus import pool
 from gpt import GPT, Cache, linear_cross_entropy
 from models import folders
 from models.hf import from_pretrained
@@ -380,11 +379,11 @@ def test_the_peak_of_a_card_is_that_of_its_variant(name, peak, monkeypatch):
 
 
 def test_cores_that_the_container_does_not_have_are_not_counted(monkeypatch):
-    monkeypatch.setattr(pool.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     for quota, cores in (("150000 100000", 2), ("max 100000", 64), ("", 64), ("1000 100000", 1)):
-        monkeypatch.setattr(pool, "Path", lambda name, text=quota: SimpleNamespace(
+        monkeypatch.setattr(cpu, "Path", lambda name, text=quota: SimpleNamespace(
             read_text=lambda encoding: text))
-        assert pool.cpu_count() == cores
+        assert cpu.cpu_count() == cores
 
 
 def test_sampling_in_a_compiled_run_compiles_nothing(demo, tmp_path):

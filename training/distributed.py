@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from common.command_line import UserError
+from common.cpu import cpu_count
 from common.device import choose_device, choose_dtype
-from corpus.pool import cpu_count
 
 
 @dataclass
