@@ -55,13 +55,14 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+from common.command_line import UserError, run_main  # first: reports Ctrl-C
+
 import torch
 
 from benchmarks.contenders import (
     Contender, contender_dtype, describe, make_trainer, prepare, pretrain, print_profile, sample,
     train)
 from benchmarks.numerics import numeric_checks, numerics
-from common.command_line import UserError, run_main
 from common.device import choose_device
 from common.files import write_file
 from common.settings import check_ranges, configure

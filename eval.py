@@ -39,9 +39,10 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.command_line import UserError, run_main  # first: reports Ctrl-C
+
 import torch
 
-from common.command_line import UserError, run_main
 from common.device import choose_device, choose_dtype
 from common.settings import check_ranges, configure
 from corpus.files import UNDECODABLE, Dropped, find_files, read_each, suffix

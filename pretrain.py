@@ -60,9 +60,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from common.command_line import UserError, is_out_of_memory, run_main  # first: reports Ctrl-C
+
 import torch
 
-from common.command_line import UserError, is_out_of_memory, run_main
 from common.device import to_device
 from common.files import current_folder
 from common.settings import check_ranges, configure

@@ -30,9 +30,10 @@ dtype = "auto"         # of the weights: float32, bfloat16, float16; auto: 16 bi
 import sys
 from pathlib import Path
 
+from common.command_line import UserError, run_main  # first: reports Ctrl-C
+
 import torch
 
-from common.command_line import UserError, run_main
 from common.device import choose_device, choose_dtype
 from common.settings import check_range, check_ranges, configure
 from models.folders import RANGES, find_model, load_model, read_generation_config

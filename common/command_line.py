@@ -34,6 +34,14 @@ def run_main(main, script):
         sys.exit(fail(name, "out of memory; use smaller settings", 2))
 
 
+def report_interrupt(kind, error, trace):
+    """sys.excepthook of a script whose imports, which take seconds, are interrupted by Ctrl-C."""
+    if issubclass(kind, KeyboardInterrupt):
+        fail(Path(sys.argv[0]).name, "interrupted", 130)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def set_up_streams():
     """Make the standard streams usable: open where the shell closed them, strict input, and
     output that never fails on a character that the terminal lacks."""
@@ -55,3 +63,6 @@ def is_out_of_memory(error):
     """Return whether numpy, torch or a device could not allocate the memory it asked for."""
     phrases = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
+
+
+sys.excepthook = report_interrupt

@@ -3,17 +3,19 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.command_line import UserError
 
 
-def write_file(path, content):
-    """Write str or bytes atomically: to a file beside it, fsync, rename."""
+@contextmanager
+def atomic_file(path):
+    """Open a new binary file for writing; when the block ends, fsync it and rename it to path."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         replace(part, path)
@@ -22,6 +24,12 @@ def write_file(path, content):
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_file(path, content):
+    """Write str or bytes atomically."""
+    with atomic_file(path) as f:
+        f.write(content.encode() if isinstance(content, str) else content)
 
 
 def replace(source, target):

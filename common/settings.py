@@ -7,12 +7,17 @@ gives the names, the defaults, the types and, for --help, the comments.
 """
 import ast
 import difflib
+import os
+import re
+import reprlib
 import runpy
 import sys
 import types
 from pathlib import Path
 
 from common.command_line import UserError
+
+HOME = re.compile(rf"^(FILE:)?~(?=[/{re.escape(os.sep)}])")  # FILE: is in front of a path
 
 
 def read_settings(script):
@@ -40,7 +45,8 @@ def configure(script, argv=None, base=None, fixed=(), files=True):
     """Return (namespace of the settings, the other words of argv).
 
     The defaults of `script` override those of `base`; config files among argv (words ending in .py;
-    none with files=False) override these, then --name=value. --help prints every setting and exits.
+    none with files=False) override these, then --name=value or --name value. -h or --help prints
+    every setting and exits. A value or word that begins with ~/ is in the home folder.
     fixed: names of `base` that can't be set here, because a trained model decides them.
     """
     if argv is None:  # in a notebook, sys.argv holds the arguments of its kernel
@@ -49,20 +55,36 @@ def configure(script, argv=None, base=None, fixed=(), files=True):
     settings |= read_settings(script)
     settings = {name: value for name, value in settings.items() if name not in fixed}
     cfg = {name: value for name, (value, _, _) in settings.items()}
-    words = [a for a in argv if not a.startswith("--")]
+    words, texts = _split_arguments([a for a in argv if a not in ("-h", "--help")], cfg, fixed)
     for path in [w for w in words if files and w.endswith(".py")]:
         words.remove(path)
         _apply_file(cfg, fixed, path)
-    for arg in [a for a in argv if a.startswith("--") and a != "--help"]:
-        name, given, text = arg[2:].partition("=")
-        _check_name(cfg, fixed, name, "")
-        if not given and not isinstance(cfg[name], bool):
-            raise UserError(f"--{name} needs a value: --{name}=...")
-        cfg[name] = _parse(name, text, cfg[name]) if given else True
-    if "--help" in argv:
+    cfg |= {name: _parse(name, text, cfg[name]) for name, text in texts}
+    if "-h" in argv or "--help" in argv:
         _print_help(script, settings, cfg)
         sys.exit(0)
     return types.SimpleNamespace(**cfg), words
+
+
+def _split_arguments(argv, cfg, fixed):
+    """Return (words, [(name, text)]) of words, --name=text, --name text, and --name of a bool."""
+    words, texts, rest = [], [], iter(argv)
+    for arg in rest:
+        if not arg.startswith("--"):
+            words.append(_expand_home(arg))
+            continue
+        name, given, text = arg[2:].partition("=")
+        _check_name(cfg, fixed, name, "")
+        if not given:
+            text = "true" if isinstance(cfg[name], bool) else next(rest, "--")
+            if text.startswith("--"):
+                raise UserError(f"--{name} needs a value: --{name}=...")
+        texts.append((name, text))
+    return words, texts
+
+
+def _expand_home(text):
+    return HOME.sub(lambda m: (m[1] or "") + os.path.expanduser("~"), text)
 
 
 def _apply_file(cfg, fixed, path):
@@ -89,29 +111,24 @@ def _check_name(cfg, fixed, name, where):
 
 
 def _typed(name, value, default, where=""):
-    if isinstance(default, float) and type(value) is int:
-        value = float(value) if abs(value) < 2**1000 else value  # a larger int has no float
-    if isinstance(value, str) and not value.isprintable() and not _encodes(value):
-        raise UserError(f"{where}{name}={value!r} is not Unicode text")
-    if type(value) is not type(default):
-        raise UserError(f"{where}{name}={value!r} is not of type {type(default).__name__}")
-    return value
-
-
-def _encodes(text):
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
-        return False
+    kind = type(default)
+    if isinstance(value, (int, float)) and not abs(value) < 2**63:  # also refuses nan
+        raise UserError(f"{where}{name} is not a number below 2**63")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where}{name}={reprlib.repr(value)} is not of type {kind.__name__}")
+    if kind is str and any("\ud800" <= c <= "\udfff" for c in value):  # bytes that are not UTF-8
+        raise UserError(f"{where}{name}={reprlib.repr(value)} is not Unicode text")
+    return _expand_home(value) if kind is str else value
 
 
 def _parse(name, text, default):
-    if isinstance(default, str):
-        return _typed(name, text, default)
+    parsers = {bool: lambda t: {"true": True, "false": False}[t.lower()], int: lambda t: int(t, 0)}
     try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = {"true": True, "false": False}.get(text.lower(), text)
+        value = parsers.get(type(default), type(default))(text)
+    except (KeyError, ValueError):
+        value = text
     return _typed(name, value, default)
 
 

@@ -50,8 +50,8 @@ def find_model(name, kind, setting="model"):
     path = name or newest_model(kind)
     if not path:
         script = "sft.py config/demo_sft.py" if kind == "chat" else "pretrain.py config/demo.py"
-        raise UserError(f"no {kind} model under out/ yet. Run: python {script}, or name one: "
-                        f"--{setting}=FOLDER_OR_HUB_ID")
+        raise UserError(f"no {kind} model under out/ yet ({Path('out').absolute()}). Run: python "
+                        f"{script}, or name one: --{setting}=FOLDER_OR_HUB_ID")
     return Path(path).as_posix()
 
 
@@ -75,7 +75,8 @@ def load_model(path, dropout=0.0, block_size=0, add_chat_tokens=False):
         raise UserError(f"{path} is a file; name the folder of a model")
     if not Path(path).exists() and (path.count("/") > 1 or Path(path).parent.is_dir()
                                     and "/" in path):
-        raise UserError(f"{path}: no such folder, and not a hub id like Qwen/Qwen3-0.6B")
+        raise UserError(f"{Path(path).absolute()}: no such folder, and {path} is not a hub id like "
+                        "Qwen/Qwen3-0.6B")
     try:
         model = from_pretrained(path, dropout, block_size)
     except (OSError, ValueError, RuntimeError, OverflowError, TypeError, KeyError) as e:

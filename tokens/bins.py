@@ -137,8 +137,8 @@ class Bins:
         self.folder = set_folder(name, root)
         meta_file = self.folder / "meta.json"
         if not meta_file.is_file():
-            raise UserError(f"{self.folder} is not prepared (no meta.json). Run: python prepare.py "
-                            f"SOURCE --name={self.folder.name}")
+            raise UserError(f"{self.folder.absolute()} is not prepared (no meta.json). Run: "
+                            f"python prepare.py SOURCE --name={self.folder.name}")
         try:
             self.meta = json.loads(meta_file.read_text(encoding="utf-8"))
             self._check_meta()
