@@ -7,8 +7,8 @@
     python prepare.py inspect NAME                # describe data/NAME
 
 The set is written to data/<name>/. Without PATH a source reads data/raw/<source>/. Files may be
-.gz .bz2 .xz .zip, in UTF-8, UTF-16 or GB18030. The set is the same, byte for byte, for any number
-of workers and any order of paths.
+.gz .bz2 .xz .zip, in UTF-8, UTF-16 or GB18030. Files named train, dev, test and the like keep their
+splits. The set is the same, byte for byte, for any number of workers and any order of paths.
 """
 # ---- output ----
 name = ""            # folder under data/; "" = the names of the sources
@@ -28,6 +28,7 @@ simplify = False     # convert traditional to simplified characters (pip install
 near_duplicates = 0.0  # drop texts at least this similar to an earlier one, e.g. 0.8; 0 = off
 #                      (pip install datasketch)
 # ---- split and speed ----
+val = ""             # file or folder to validate on; "" = files named dev, val ..., else a share
 val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.005, for demo 0.05
 workers = 0          # processes that clean and encode; 0 = one per core, fewer for little text
 # ---- inspect ----
@@ -44,42 +45,49 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+from common.command_line import UserError, run_main  # first: reports Ctrl-C
+
 import numpy as np
 from tqdm import tqdm
 
-from common.command_line import UserError, run_main
 from common.cpu import cpu_count
 from common.settings import check_ranges, configure
 from corpus.clean import Rules, clean_document, identity, to_simplified
 from corpus.counts import Counts, format_counts
 from corpus.files import Dropped, find_files
-from corpus.hub import fetch
+from corpus.hub import download
 from corpus.near_duplicates import signature
 from corpus.pool import map_batches
+from corpus.records import RECORDS
 from corpus.sources import SOURCES, WikiPage
-from tokens.bins import BinWriter, check_replaceable, id_dtype
-from tokens.splits import Encoded, SplitWriter
+from tokens.bins import SPLITS, BinWriter, check_replaceable, id_dtype
+from tokens.describe import inspect
+from tokens.splits import Encoded, SplitWriter, named_splits, split_of
 from tokens.tokenizer import load_tokenizer, train_bytebpe
 
 DEMO = Path(__file__).parent / "data" / "raw" / "demo"
 BATCH_CHARS = 500_000          # size of the batches that are sent to the workers
 TOKENIZER_CHARS = 8_000_000    # text that a tokenizer is trained on at most; takes 2 GB of memory
+WIKI_FOLDERS = ("wiki_zh_2019", "wiki_zh", "wiki_zh*.zip", "[A-Z][A-Z]/wiki_[0-9]*")  # in ./
 RANGES = dict(vocab_size=(0, 2**20), sample=(1e-9, 1), max_docs=(0, 2**31), min_chars=(0, 2**31),
               min_chinese=(0, 1), near_duplicates=(0, 0.95), val_fraction=(0, 0.99),
               workers=(0, 256))
 RECORDED = ("val_fraction", "sample", "max_docs", "field", "evidence", "near_duplicates")
 
 
-# ---- sources: [(name in SOURCES, files)] ----
+# ---- sources: [(name in SOURCES, files, their given split: "val", "test", "train" or "")] ----
 
-def parse_sources(words, default=""):
+def parse_sources(words, val="", default=""):
     """Return the sources of words, which are names of sources, each followed by its paths.
 
-    default: the source of paths that come first.
+    A path that is also the name of a source is a path after that name, and where the first path of
+    another stands.
+    val: path of the validation split; default: the source of paths that come first.
     """
     paths = {}
     for word in words:
-        if word in SOURCES:
+        may_be_path = default and (word == default or not paths.get(default))
+        if word in SOURCES and not (may_be_path and os.path.exists(word)):
             default = word
             paths.setdefault(default, [])
         elif not default:
@@ -92,42 +100,49 @@ def parse_sources(words, default=""):
             raise UserError("a path is empty; is a shell variable not set?")
         else:
             paths.setdefault(default, []).append(word)
-    return [(source, source_files(source, paths[source])) for source in sorted(paths)]
+    reader = default if len(paths) == 1 else kind_of(paths)  # kinds are names of sources, too
+    held_out = dict.fromkeys(find_files([val], SOURCES[reader].wanted) if val else ())
+    sources = [(reader, list(held_out), "val")] if val else []
+    for source in sorted(paths):
+        files = [f for f in source_files(source, paths[source]) if f not in held_out]
+        # in a set of texts, the chat set of the same dialogues decides their split
+        rest = "train" if val and SOURCES[source].kind == SOURCES[reader].kind else ""
+        sources += [(source, part, split or rest)
+                    for split, part in named_splits(source, files).items()]
+    # what is held out comes first, because a training document equal to it is dropped
+    return sorted(sources, key=lambda source: source[2] in ("train", ""))
+
+
+def kind_of(names):
+    """Return the kind of a set of these sources: dialogues among texts are read as texts."""
+    return "text" if any(SOURCES[name].kind == "text" for name in names) else "chat"
 
 
 def source_files(source, paths):
     """Return the files of a source: in paths, else in data/raw/<source>/, else from the hub."""
-    raw, wanted = Path("data") / "raw" / source, SOURCES[source].wanted
+    raw, known = Path("data") / "raw" / source, SOURCES[source]
     if not paths and not (raw.is_dir() and any(p.name[0] != "." for p in raw.iterdir())):
-        if not SOURCES[source].hub:
-            raise UserError(f"no path given and {raw} is empty. Put {SOURCES[source].what} there, "
-                            f"or run: python prepare.py {source} PATH")
-        download(source, raw)
-    return find_files(paths or [raw], wanted, SOURCES[source].endings)
+        patterns = WIKI_FOLDERS if source == "wiki" else ()
+        paths = next(filter(None, (sorted(map(str, Path().glob(p))) for p in patterns)), [])
+        advice = f"put {known.what} there, or run: python prepare.py {source} PATH"
+        if paths:
+            print(f"{raw} is empty; reading {', '.join(paths[:3])}")
+        elif known.hub:
+            download(*known.hub, raw, advice)
+        else:
+            raise UserError(f"no path given and {raw.absolute()} is empty; {advice}")
+    other = f"; {' '.join(RECORDS)}: python prepare.py text PATH" if source == "thucnews" else ""
+    return find_files(paths or [raw], known.wanted, (" ".join(known.endings) + other,))
 
 
-def download(source, folder):
-    """Download the source's file from the hub into folder; an interrupted download is resumed."""
-    dataset, file = SOURCES[source].hub
-    print(f"downloading {dataset} into {folder} (resumes if interrupted)", flush=True)
-    try:
-        fetch(dataset, file, folder)
-    except Exception as e:  # the hub client raises errors of four libraries
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(
-            f"{dataset} can't be downloaded ({type(e).__name__}: {reason}). Set HF_ENDPOINT to a "
-            f"mirror and start again; or put {SOURCES[source].what} into {folder}; or run: "
-            f"python prepare.py {source} PATH") from e
-
-
-# ---- batches: (source, [(place, document)]) ----
+# ---- batches: (source, split, [(place, document)]) ----
 
 def batches(sources, cfg, count_dropped):
-    """Yield (source, [(place, document)]) of about BATCH_CHARS characters, in input order.
+    """Yield (source, split, [(place, document)]) of about BATCH_CHARS characters, in input order.
 
     count_dropped(source, reason, place, details) is called for each document that can't be read.
     """
-    for source, files in sources:
+    for source, files, split in sources:
         chat = SOURCES[source].kind == "chat"
         options = dict(evidence=cfg.evidence) if chat else dict(field=cfg.field)
         documents = SOURCES[source].documents(files, **options)
@@ -139,10 +154,10 @@ def batches(sources, cfg, count_dropped):
             batch.append((place, doc))
             size += len(doc.raw if isinstance(doc, WikiPage) else plain_text(doc)) + 100
             if size >= BATCH_CHARS:
-                yield source, batch
+                yield source, split, batch
                 batch, size = [], 0
         if batch:
-            yield source, batch
+            yield source, split, batch
 
 
 def plain_text(doc):
@@ -152,19 +167,16 @@ def plain_text(doc):
 
 # ---- cleaning and encoding, in the workers ----
 
-def worker_settings(cfg, **more):
-    """Return what the functions below need, in a form that can be sent to a process."""
+def worker_settings(cfg, sources, **more):
+    """Return what the functions below need, in a form that can be sent to a process. Without the
+    setting, .workers is one per core and 4 MB of files, because a start takes 0.5 s."""
     if cfg.simplify:
         to_simplified("")  # raises its UserError here and not in a worker if opencc is missing
-    rules = Rules(cfg.min_chars, cfg.min_chinese, cfg.simplify)
-    return SimpleNamespace(rules=rules, sample=cfg.sample, near=cfg.near_duplicates > 0,
-                           threshold=int(cfg.val_fraction * 2**64), **more)
-
-
-def choose_workers(wanted, sources):
-    """Return wanted, or if it is 0 one worker per core and 4 MB of files: a start takes 0.5 s."""
-    size = sum(os.path.getsize(f) for _, files in sources for f in files)
-    return wanted or max(1, min(cpu_count(), size // 4_000_000))
+    size = sum(os.path.getsize(f) for _, files, _ in sources for f in files)
+    more |= dict(rules=Rules(cfg.min_chars, cfg.min_chinese, cfg.simplify),
+                 threshold=int(cfg.val_fraction * 2**64),
+                 workers=cfg.workers or max(1, min(cpu_count(), size // 4_000_000)))
+    return SimpleNamespace(**vars(cfg) | more)
 
 
 def digest(data):
@@ -184,9 +196,9 @@ def clean_batch(documents, settings):
 
 
 def encode_batch(batch, settings):
-    """Return (source, dropped, encoded, ids): (reason, place) of dropped documents, the Encoded of
-    the others, and their ids one after the other, each with its <|endoftext|>."""
-    source, documents = batch
+    """Return (source, split, dropped, encoded, ids): (reason, place) of dropped documents, the
+    Encoded of the others, and their ids one after the other, each with its <|endoftext|>."""
+    source, split, documents = batch
     tok, dropped, encoded, pieces = settings.tokenizer, [], [], [np.array([], settings.dtype)]
     for place, doc, reason, trimmed, key in clean_batch(documents, settings):
         if reason:
@@ -197,47 +209,50 @@ def encode_batch(batch, settings):
         ids.append(tok.eot)
         pieces.append(np.array(ids, settings.dtype))
         encoded.append(Encoded(place, key, len(ids), len(text), len(text.encode()), trimmed,
-                               signature(text) if settings.near else None))
-    return source, dropped, encoded, np.concatenate(pieces)
+                               signature(text) if settings.near_duplicates else None))
+    return source, split, dropped, encoded, np.concatenate(pieces)
 
 
 def text_batch(batch, settings):
     """Return [(reason not to train a tokenizer on it or "", digest, text)] of the documents."""
-    return [(reason or ("held out" if key < settings.threshold else ""), key, plain_text(doc))
-            for _, doc, reason, _, key in clean_batch(batch[1], settings)]
+    _, split, documents = batch
+    return [(reason or "held out" * (split_of(split, key, settings.threshold) != "train"), key,
+             plain_text(doc)) for _, doc, reason, _, key in clean_batch(documents, settings)]
 
 
 # ---- writing ----
 
 def prepare(sources, kind, name, tok, cfg):
     """Write data/<name>, a set of kind "text" or "chat", with the Tokenizer tok."""
-    folder, counts, start_time = Path("data") / name, Counts(sources), time.time()
+    folder, counts = Path("data") / name, Counts(sources)
     if (folder / "meta.json").exists():
         print(f"replacing {folder}")
-    n_workers = choose_workers(cfg.workers, sources)
-    settings = worker_settings(cfg, kind=kind, tokenizer=tok, dtype=id_dtype(tok.vocab_size))
+    settings = worker_settings(cfg, sources, kind=kind, tokenizer=tok,
+                               dtype=id_dtype(tok.vocab_size))
     with BinWriter(folder, tok.vocab_size) as out, tqdm(
             unit=" documents", delay=2, disable=None, leave=False) as progress:
         writer = SplitWriter(out, kind, tok, counts, cfg.val_fraction, cfg.near_duplicates)
-        for source, dropped, encoded, ids in map_batches(
-                encode_batch, batches(sources, cfg, counts.drop), settings, n_workers):
+        for source, split, dropped, encoded, ids in map_batches(
+                encode_batch, batches(sources, cfg, counts.drop), settings, settings.workers):
             for reason, place in dropped:
                 counts.drop(source, reason, place)
-            writer.add(source, encoded, ids)
+            writer.add(source, split, encoded, ids)
             counts.add_time(source)
             progress.update(len(dropped) + len(encoded))
-        if not writer.seen:
-            raise UserError(f"no document is left for {folder}: "
-                            f"{format_counts(counts.dropped()) or 'the files are empty'}")
-        writer.hold_out_enough()
-        seconds = time.time() - start_time
+        if writer.seen:
+            writer.hold_out_enough()
+        if empty := [split for split in SPLITS if not out.n_docs(split)]:
+            others = format_counts(counts.dropped() + Counter({"written": len(writer.seen)}))
+            raise UserError(f"no document is left for the {' and the '.join(empty)} split of "
+                            f"{folder}: {others or 'the files are empty'}")
+        seconds = counts.seconds.total()
         run = dict(command=" ".join(sys.argv).encode(errors="backslashreplace").decode(),
                    time=time.strftime("%Y-%m-%d %H:%M:%S"), seconds=round(seconds, 2),
-                   workers=n_workers, tokens_per_second=counts.speeds())
+                   workers=settings.workers, tokens_per_second=counts.speeds())
         recorded = {key: getattr(cfg, key) for key in RECORDED} | vars(settings.rules)
         out.finish(tok, dict(kind=kind, settings=recorded, splits=writer.splits,
                              sources=counts.sources, run=run))
-    speed = sum(s["bytes"] for s in writer.splits.values()) / 1e6 / seconds
+    speed = sum(s["bytes"] for s in writer.splits.values()) / 1e6 / max(seconds, 1e-3)
     print(f"{folder}: {seconds:.1f} s, {speed:.1f} MB/s, {tok.vocab_size:,} ids ({out.dtype.name})")
     counts.print(writer.splits)
 
@@ -250,8 +265,8 @@ def make_tokenizer(wanted, sources, cfg, vocab_size=16384):
         return load_tokenizer(wanted)
     dropped = Counter()
     batch_iter = batches(sources, cfg, lambda source, reason, *_: dropped.update([reason]))
-    results = map_batches(text_batch, batch_iter, worker_settings(cfg),
-                          choose_workers(cfg.workers, sources))
+    settings = worker_settings(cfg, sources)
+    results = map_batches(text_batch, batch_iter, settings, settings.workers)
     texts = sample_texts(itertools.chain.from_iterable(results), TOKENIZER_CHARS, dropped)
     n_chars, others = sum(map(len, texts)), format_counts(dropped)
     if not n_chars:
@@ -266,14 +281,17 @@ def sample_texts(rows, max_chars, dropped):
     """Return texts of [(reason, digest, text)] with at most max_chars characters in all.
 
     The texts with the smallest digests are kept: the result does not depend on their order, and
-    memory is bounded. dropped: Counter of the reasons, which is updated.
+    memory is bounded. dropped: Counter of the reasons, which is updated. A text that was held out
+    before is never kept.
     """
-    kept, largest, size, limit = {}, [], 0, 2**64
+    kept, largest, size, limit, held_out = {}, [], 0, 2**64, set()
     for reason, key, text in rows:
+        if reason == "held out":
+            held_out.add(key)
+        reason = reason or ("held out" if key in held_out else
+                            "not in the sample" if key >= limit else "")
         if reason:
             dropped[reason] += 1
-        elif key >= limit:
-            dropped["not in the sample"] += 1
         elif key not in kept:
             kept[key] = text
             heapq.heappush(largest, -key)
@@ -294,17 +312,19 @@ def prepare_tokenizer(words, cfg):
     folder = Path("data") / (cfg.name or "tokenizer")
     if (folder / "meta.json").exists():
         raise UserError(f"{folder} is a prepared set with its tokenizer. Choose another --name")
-    tok = make_tokenizer("bytebpe", parse_sources(words, "text"), cfg)
+    tok = make_tokenizer("bytebpe", parse_sources(words, cfg.val, "text"), cfg)
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(folder)
     print(f"{folder}: {tok.vocab_size:,} ids. Use it with --tokenizer={folder.as_posix()}")
 
 
-def prepare_demo(cfg):
+def prepare_demo(words, cfg):
     """Prepare data/demo (articles, and the dialogues as plain text) and data/demo_chat, which share
     one tokenizer."""
-    name, chat = cfg.name or "demo", [("chat", [str(DEMO / "chat.jsonl")])]
-    text = [("wiki", find_files([DEMO / "wiki_zh"], SOURCES["wiki"].wanted)), *chat]
+    if given := [*words, cfg.val][0]:
+        raise UserError(f"demo is the embedded text and takes no path ({given})")
+    name, chat = cfg.name or "demo", [("chat", [str(DEMO / "chat.jsonl")], "")]
+    text = [("wiki", find_files([DEMO / "wiki_zh"], SOURCES["wiki"].wanted), ""), *chat]
     sets = ((text, "text", name), (chat, "chat", f"{name}_chat"))
     for _, _, set_name in sets:
         check_replaceable(Path("data") / set_name)
@@ -316,11 +336,10 @@ def prepare_demo(cfg):
 
 def prepare_sources(words, cfg):
     """Prepare one set of the sources that words name."""
-    sources = parse_sources(words or [""])
-    names = [source for source, _ in sources]
-    name = cfg.name or "_".join(names)
+    sources = parse_sources(words or [""], cfg.val)
+    names = sorted({source for source, _, _ in sources})
+    name, kind = cfg.name or "_".join(names), kind_of(names)
     check_replaceable(Path("data") / name)
-    kind = "text" if any(SOURCES[s].kind == "text" for s in names) else "chat"
     cfg.val_fraction = cfg.val_fraction or 0.005
     base = None
     if kind == "chat" and not cfg.tokenizer:
@@ -339,16 +358,10 @@ def main(argv=None):
             set(cfg.name) & set(",:") or cfg.name.endswith((".part", ".replaced"))):
         raise UserError(f"name={cfg.name} must be the name of a folder in data/ other than raw, "
                         "without , and : and not ending in .part or .replaced")
-    command, rest = (words[0], words[1:]) if words else ("", [])
-    if command == "demo" and rest:
-        raise UserError(f"demo is the embedded text and takes no path ({rest[0]})")
-    if command == "demo":
-        prepare_demo(cfg)
-    elif command == "tokenizer":
-        prepare_tokenizer(rest, cfg)
-    elif command == "inspect":
-        from tokens.describe import inspect
-        inspect(rest, cfg.plot)
+    commands = dict(demo=prepare_demo, tokenizer=prepare_tokenizer,
+                    inspect=lambda names, cfg: inspect(names, cfg.plot))
+    if words and words[0] in commands:
+        commands[words[0]](words[1:], cfg)
     else:
         prepare_sources(words, cfg)
 

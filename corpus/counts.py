@@ -10,13 +10,16 @@ COLUMNS = ("files", "read", "written", "dropped", "characters", "bytes", "tokens
 
 
 class Counts:
-    """.sources: {source: its counts}, as in meta.json; sources: [(source, files)]."""
+    """.sources: {source: its counts}, as in meta.json; sources: [(source, files, split)].
+    .seconds: {source: the time it took}."""
 
     def __init__(self, sources):
         self.sources = {source: dict(
-            files=len(files), read=0, written=0, dropped=Counter(), trimmed=Counter(),
-            characters=0, bytes=0, tokens=0, characters_per_token=0.0) for source, files in sources}
-        self.seconds, self.last_time = Counter(), time.time()
+            files=0, read=0, written=0, dropped=Counter(), trimmed=Counter(), characters=0,
+            bytes=0, tokens=0, characters_per_token=0.0) for source, _, _ in sources}
+        for source, files, _ in sources:
+            self.sources[source]["files"] += len(files)
+        self.seconds, self.last_time = Counter(), time.perf_counter()
 
     def drop(self, source, reason, place, details=""):
         """Count a document that is not written; print the places of the first of each reason."""
@@ -39,7 +42,7 @@ class Counts:
 
     def add_time(self, source):
         """Add the time since the last call to this source."""
-        now = time.time()
+        now = time.perf_counter()
         self.seconds[source] += now - self.last_time
         self.last_time = now
 

@@ -19,19 +19,11 @@ def signature(text):
     return LeanMinHash(minhash)
 
 
-class NearDuplicates:
-    """An index of the signatures of the documents that were kept. similarity: 0 to 0.95."""
-
-    def __init__(self, similarity):
-        try:
-            from datasketch import MinHashLSH
-        except ImportError as e:
-            raise UserError("near_duplicates needs datasketch: pip install datasketch") from e
-        self.index = MinHashLSH(similarity, N_PERMUTATIONS)
-
-    def has_or_add(self, key, minhash):
-        """Return whether the index holds a similar document; if not, add this one."""
-        if self.index.query(minhash):
-            return True
-        self.index.insert(key, minhash)
-        return False
+def similarity_index(similarity):
+    """Return an index of signatures: query(signature) gives the keys of those that are at least
+    this similar (0 to 0.95), insert(key, signature) adds one."""
+    try:
+        from datasketch import MinHashLSH
+    except ImportError as e:
+        raise UserError("near_duplicates needs datasketch: pip install datasketch") from e
+    return MinHashLSH(similarity, N_PERMUTATIONS)

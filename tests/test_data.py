@@ -299,7 +299,7 @@ def test_what_prepare_cannot_do_is_one_line(words, what, tmp_path):
 @pytest.mark.parametrize("source, text, what", [
     ("text", '{"text": " \\n"}', "no document is left to train a tokenizer on: 1 empty"),
     ("text", '{"text": "长"}', "too little text"),
-    ("chat", '{"question": "问", "answer": "答"}', "one dialogue")])
+    ("chat", '{"question": "问", "answer": "答"}', "too little text")])
 def test_too_little_text_is_one_line_and_leaves_nothing(source, text, what, tmp_path):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     one_line(run(tmp_path, "prepare.py", source, tmp_path / "a.json", "--tokenizer=bytebpe",

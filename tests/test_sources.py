@@ -593,7 +593,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if "resolve" not in self.path or Hub.gone:
             return self.send_error(404 if "resolve" not in self.path else 503)
-        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
         Hub.ranges.append(start)
         self.reply(start)
         if start:

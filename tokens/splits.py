@@ -1,17 +1,47 @@
 """Encoded documents to a prepared set: drop duplicates, split into train and val, write."""
+import os
+import re
 from array import array
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.command_line import UserError
-from corpus.near_duplicates import NearDuplicates
+from corpus.near_duplicates import similarity_index
 from corpus.sources import SOURCES
 from tokens.bins import SPLITS
 
 MIN_DOCUMENTS = 20     # with fewer texts, hold out the end of each instead of whole texts
 MIN_HELD_OUT = 20      # documents of a large enough set
 LARGE = 50_000_000     # training tokens; from here on val_fraction is never adjusted
+NAMES = dict(train="train", training="train", 训练集="train", dev="val", val="val", valid="val",
+             validation="val", eval="val", 验证集="val", 开发集="val", test="test", testing="test",
+             测试集="test")
+
+
+def named_splits(source, files):
+    """Return {split: files} by the names of the files or their folders, as "me_train.json" and
+    "validation/data.arrow". {"": files} unless some are named for training and others for another
+    split: then say so; files without such a name are for training."""
+    paths, found = [Path(os.path.abspath(file)).parts for file in files], {}
+    shared = len(os.path.commonprefix(paths))  # folders above all files tell nothing
+    for file, (*folders, name) in zip(files, paths):
+        words = [*folders[shared:], *re.findall(r"[^\W\d_]+", name)]
+        split = next((NAMES[w.lower()] for w in words if w.lower() in NAMES), "")
+        found.setdefault(split, []).append(file)
+    if not {"train"} < found.keys() - {""}:
+        return {"": files}
+    found["train"] += found.pop("", [])
+    print(f"{source}: splits as the files are named: "
+          + ", ".join(f"{len(part)} {split}" for split, part in sorted(found.items()))
+          + " (test is used for neither)" * ("test" in found))
+    return found if "val" in found else {"": found["train"], "test": found["test"]}
+
+
+def split_of(given, key, threshold):
+    """Return the given split of a document; if it is "", that which its hash chooses."""
+    return given or ("val" if key < threshold else "train")
 
 
 class Encoded(NamedTuple):
@@ -35,19 +65,24 @@ class SplitWriter:
         self.out, self.kind, self.tok, self.counts = out, kind, tokenizer, counts
         self.val_fraction, self.threshold = val_fraction, int(val_fraction * 2**64)
         self.seen = set()  # hashes of the documents written
+        self.held_out = set()  # hashes of the documents whose given split is val or test
+        self.val_is_given = False
         # Hashes of the training documents in the order of writing, 2**64 - 1 for one that must not
         # be held out.
         self.train_keys = array("Q")
-        self.near = NearDuplicates(near_duplicates) if near_duplicates else None
+        self.near = similarity_index(near_duplicates) if near_duplicates else None
         self.splits = {split: dict(characters=0, bytes=0) for split in SPLITS}
 
-    def add(self, source, documents, ids):
-        """Write documents [Encoded] of one source; ids: theirs, one after the other."""
+    def add(self, source, given, documents, ids):
+        """Write documents [Encoded] of a source and given split; ids: theirs, concatenated."""
         foreign = self.kind != SOURCES[source].kind  # dialogues as plain text
+        self.val_is_given |= given == "val" and not foreign
         chosen = []  # the split of each document, "" = dropped
         for doc in documents:
-            split = "val" if doc.key < self.threshold else "train"
-            reason = self.reason_to_drop(doc, split == "val" and foreign)
+            split = split_of(given, doc.key, self.threshold)
+            reason = self.reason_to_drop(doc, split, foreign)
+            if given in ("val", "test"):
+                self.held_out.add(doc.key)
             chosen.append("" if reason else split)
             if reason:
                 self.counts.drop(source, reason, doc.place)
@@ -64,35 +99,39 @@ class SplitWriter:
             if mask.any():
                 self.out.add(split, ids[np.repeat(mask, lengths)], lengths[mask])
 
-    def reason_to_drop(self, doc, in_chat_val):
-        """Return why a document is not written, "" if it is. in_chat_val: the chat set of the same
-        dialogues has it in its val split, so it must not be in this training split."""
+    def reason_to_drop(self, doc, split, foreign):
+        """Return why a document is not written, "" if it is. foreign: dialogues as plain text; the
+        chat set of the same has those of val in its val split, so this set must not have them."""
+        if split == "test":
+            return "test split"
+        if split == "train" and doc.key in self.held_out:
+            return "held out"
         if doc.key in self.seen:
             return "duplicate"
-        if in_chat_val:
+        if split == "val" and foreign:
             return "held out for the chat set"
-        near = self.near and self.near.has_or_add(doc.key, doc.signature)
-        return "near duplicate" if near else ""
+        if self.near and self.near.query(doc.signature):
+            return "near duplicate"
+        if self.near:
+            self.near.insert(doc.key, doc.signature)
+        return ""
 
     def hold_out_enough(self):
         """Hold out more if val_fraction gives too few documents of a set that is not LARGE.
 
         Then the documents with the smallest hashes are held out, MIN_HELD_OUT or a twentieth of
-        all; of fewer than MIN_DOCUMENTS texts the end of each.
+        all; of fewer than MIN_DOCUMENTS texts the end of each. A given val split stays as it is.
         """
         n_train, n_val = map(self.out.n_docs, SPLITS)
         total = n_train + n_val
-        if n_val and self.out.starts["train"][-1] > LARGE:
+        if self.val_is_given or n_val and self.out.starts["train"][-1] > LARGE:
             return
         few_texts = total < MIN_DOCUMENTS and self.kind == "text"
-        wanted = 0 if few_texts else min(MIN_HELD_OUT, max(1, total // 20), total - 1)
-        keys = np.array(self.train_keys)
-        held = np.argsort(keys, kind="stable")[:max(0, wanted - n_val)]
-        held = set(held[keys[held] < 2**64 - 1].tolist())
+        wanted = 0 if few_texts else min(MIN_HELD_OUT, max(1, total // 20))
+        order = np.argsort(np.array(self.train_keys), kind="stable")[:max(0, wanted - n_val)]
+        held = {i for i in order.tolist() if self.train_keys[i] < 2**64 - 1}
         if not held and n_val and not few_texts:
             return
-        if not held and self.kind == "chat":
-            raise UserError("one dialogue can't be split into training and validation; give more")
         train, val = map(self.out.documents, SPLITS)
         if held:
             print(f"  val_fraction={self.val_fraction} would hold out {n_val} documents; "
