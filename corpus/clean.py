@@ -14,15 +14,18 @@ from corpus.files import UNDECODABLE
 from corpus.sources import WikiPage
 
 # control characters, byte order and direction marks, soft hyphens, surrogates
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f"
-                     "\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u200b\u200e"
+                     "\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffe\uffff\ud800-\udfff]")
 LONG_BLANK = re.compile(r"[^\S\n]{101,}")  # tiktoken overflows its stack on a million
 MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.combining(c))
 MANY_MARKS = re.compile(f"(?<=[{MARKS}])[{MARKS}]{{30,}}")  # NFC takes quadratic time in them
 IS_MARK = np.zeros(2**16, dtype=bool)  # by UTF-16 code unit; of a surrogate pair the first unit
 IS_MARK[np.frombuffer(MARKS.encode("utf-16-le"), dtype="<u2")] = True
 IS_MARK[0xDC00:0xE000] = False
-NEWLINES = ("\r\n", "\r", "\x85", "\u2028", "\u2029")
+# Bytes that UTF-8 could not decode, written as U+FFFD and read as GBK; a text about it quotes it.
+MOJIBAKE = re.compile("锟斤拷(?<![“‘「『《（(\"']锟斤拷)")
+LABEL = r"[【\[]?(?:标\s?题|標\s?題|正\s?文)(?:[】\]][:：]?|\s?[:：])[ \t\u3000]*"
+LABELS = re.compile(rf"\A{LABEL}(?:((?:.*\n){{1,5}}?){LABEL})?")  # 标题：... 正文：... of a crawler
 # Lines of web pages that do not belong to the text. The slow BOILERPLATE runs only on lines with
 # one of the HINTS.
 HINTS = ("编辑", "责编", "来源", "原标题", "相关", "分享到", "一篇", "一页", "版权所有", "转载", "ICP备",
@@ -48,9 +51,10 @@ class Rules:
 def clean(text):
     """Return the text in NFC with "\\n" as newline, without control characters, blanks at line
     ends, full-width indents and more than one empty line in a row."""
-    for newline in NEWLINES:
+    for newline in ("\r\n", "\r", "\x85", "\u2028", "\u2029"):
         text = text.replace(newline, "\n")
-    text = CONTROL.sub("", text).replace("\xa0", " ")
+    # U+E5E5 is A3A0 of GBK, an old full-width blank.
+    text = CONTROL.sub("", text).replace("\xa0", " ").replace("\ue5e5", "\u3000")
     codes = np.frombuffer(text.encode("utf-16-le"), dtype="<u2")
     if np.count_nonzero(IS_MARK[codes]) > 30:
         text = MANY_MARKS.sub("", text)
@@ -79,6 +83,7 @@ def clean_document(doc, rules):
         return clean_dialogue(doc, rules)
     trimmed = Counter()
     text = doc.text() if isinstance(doc, WikiPage) else doc
+    text = MOJIBAKE.sub(UNDECODABLE, text)
     if UNDECODABLE in text:
         lines = text.splitlines()
         kept = [line for line in lines if UNDECODABLE not in line]
@@ -87,6 +92,9 @@ def clean_document(doc, rules):
             return "", "bad encoding", trimmed
         text = "\n".join(kept)
     text = cleaned(text, rules)
+    if LABELS.match(text):
+        text = clean(LABELS.sub(r"\1", text))
+        trimmed["header labels"] = 1
     hints = [hint for hint in HINTS if hint in text]
     if hints:
         lines = text.split("\n")
@@ -106,7 +114,7 @@ def clean_dialogue(doc, rules):
     It is cut at its first empty message, then after its last answer. An empty system message is
     removed.
     """
-    if any(UNDECODABLE in m["content"] for m in doc):
+    if any(UNDECODABLE in MOJIBAKE.sub(UNDECODABLE, m["content"]) for m in doc):
         return [], "bad encoding", Counter()
     messages = [dict(role=m["role"], content=cleaned(m["content"], rules)) for m in doc]
     messages = [m for m in messages if m["content"] or m["role"] != "system"]

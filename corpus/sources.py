@@ -31,13 +31,15 @@ class WikiPage:
     def text(self):
         """Return the article as plain text below its title, "" if nothing is left of it."""
         text = (plain if self.in_wikitext else tidy)(self.raw).strip()
-        return titled(self.title.strip(), text) if text else ""
+        return titled(self.title.strip(), text)
 
 
 def titled(title, text):
-    """Return the text below its title, unless its first line is the title."""
-    first_line = text.partition("\n")[0].strip()
-    return text if title in ("", first_line) else f"{title}\n\n{text}"
+    """Return the text below its title, unless its first line is the title; "" for a title alone."""
+    first_line, _, rest = text.partition("\n")
+    if title in ("", first_line.strip()):
+        return text if not title or rest.strip() else ""
+    return text and f"{title}\n\n{text}"
 
 
 def record_text(record, field=""):

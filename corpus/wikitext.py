@@ -9,31 +9,17 @@ markup. mwparserfromhell is not used because of its measured speed and output: s
 import html
 import re
 from collections import Counter
+from pathlib import Path
 
-SIMPLIFIED = ("zh-hans", "zh-cn", "zh-sg", "zh-my", "zh")  # preferred regional forms, in order
-HIDDEN_LINKS = ("file", "image", "category", "media", "文件", "檔案", "档案", "图像", "圖像",
-                "分类", "分類")
-LANGUAGES = frozenset(
-    "af als am an ar arz ast az ba bar be bg bn br bs ca ceb ckb cs cv cy da de el en eo es et "
-    "eu fa fi fr fy ga gan gd gl gu hak he hi hr hu hy ia id is it ja jv ka kk kn ko ku ky la "
-    "lb li lmo lt lv mg mk ml mn mr ms my nds ne nl nn no oc pa pl ps pt qu ro ru sa sco sd sh "
-    "si simple sk sl so sq sr su sv sw ta te tg th tl tr tt ug uk ur uz vec vi vo war wuu xmf "
-    "yi yo zh-classical zh-min-nan zh-yue".split())
+VARIANTS = {"zh-hans": "简体", "zh-cn": "大陆", "zh-sg": "新加坡", "zh-my": "大马", "zh": "原文",
+            "zh-hant": "繁體", "zh-tw": "臺灣", "zh-hk": "香港", "zh-mo": "澳門"}
+SIMPLIFIED = ("zh-hans", "zh-cn", "zh-sg", "zh-my", "zh")  # in order of preference
+HIDDEN_LINKS = "file image category media 文件 檔案 档案 图像 圖像 分类 分類".split()
+LANGUAGE = re.compile(r"(?!zh$|doi$|rfc$)[a-z]{2,3}(?:-[a-z-]+)?|simple")  # of another wiki
 REDIRECT = re.compile(r"\s*#(?:redirect|重定向|重新導向)", re.I)
 DISAMBIGUATION = re.compile(
-    r"\{\{\s*(?:[\w-]{0,30}disambig[\w-]{0,30}|dab|hndis|geodis"
-    r"|\w{0,30}消歧[义義]\w{0,30})\s*[|}]", re.I)
+    r"\{\{\s*(?:[\w-]{0,30}disambig[\w-]{0,30}|dab|hndis|geodis|\w{0,9}消歧[义義]\w{0,9})\s*[|}]", re.I)
 MAX_DEPTH = 60        # of nested templates; deeper markup is broken
-
-# Templates that show text within a sentence. SHOWN: {name: arguments, of which the first one given
-# is shown}; JOINED: {name: arguments shown one after the other}. Other templates are dropped.
-SHOWN = {"lang": [2], "lang-": [1], "langx": [2], "link-": [3, 1], "le": [3, 1], "tsl": [4, 3],
-         "ill": ["lt", 1], "internal link helper": ["d", 1], "nihongo": [1], "link": [2, 1],
-         "nowrap": [1], "nobr": [1], "small": [1], "big": [1], "abbr": [1], "tooltip": [1],
-         "color": [2], "font color": [2], "ruby": [1], "zy": [1], "僻字": [1], "unicode": [1],
-         "ipa": [1], "sup": [1], "sub": [1], "mvar": [1], "math": [1], "val": [1], "num": [1],
-         "quote": [1], "cquote": [1], "blockquote": [1], "rquote": [2], "vanchor": [1]}
-JOINED = {"convert": [1, 2], "cvt": [1, 2]}
 
 HIDDEN_TAGS = ("ref", "gallery", "timeline", "table", "imagemap", "templatestyles", "style",
                "script", "graph", "mapframe", "score", "hiero", "references", "noinclude")
@@ -42,30 +28,43 @@ ANY_TAG = re.compile(r"<(/?)([a-z]+[0-9]?)(?:[\s/][^<>]*)?>", re.I)
 LAYOUT_TAGS = frozenset(
     "abbr b bdi big blockquote br center cite code dd del div dl dt em font h1 h2 h3 h4 hr i "
     "includeonly ins kbd li nowiki ol onlyinclude p poem pre q rb rp rt ruby s samp section small "
-    "source span strike strong sub sup syntaxhighlight table td th tr tt u ul var wbr".split())
+    "source span strike strong syntaxhighlight table td th tr tt u ul var wbr".split())
 NESTED = re.compile(r"(\{\{|\}\}|\[\[|\]\]|^[ :*]*\{\||^[ ]*\|\}(?!\})|-\{(?!\{)|\}-)", re.M)
 CLOSES = {"}}": "{{", "]]": "[[", "|}": "{|", "}-": "-{"}
 HEADING = re.compile(r"(={1,6})\s*(.*?)\s*={1,6}")
 APPENDIX = re.compile(
-    r"(?:参考|參考|注释|注釋|註釋|註解|注解|脚注|腳註|附注|附註|资料|資料|来源|來源|外部|相关|相關|参见|參見|参看|參看|"
-    r"另见|另見|延伸|图集|圖集|画廊|畫廊|references|notes|external links|see also|further reading)"
-    r"(?:文献|文獻|资料|資料|来源|來源|书目|書目|链接|連結|鏈接|条目|條目|阅读|閱讀|與註釋|与注释|[与與及和]注[释釋])?", re.I)
-FORM = re.compile(r"\s*([a-z]{2,3}(?:-[a-z]+)?)\s*:(.*)", re.S | re.I)
-LEFT_FORMS = re.compile(r"-\{((?:[^{}]|\{[^{}]*\})*?)\}-")
+    r"(?:[参參][考见見看]|[注註][释釋解]|[脚腳附][注註]|[资資]料|[来來]源|外部|相[关關]|另[见見]|延伸|[图圖]集|[画畫]廊"
+    r"|references|notes|external links|see also|further reading)(?:文[献獻]|[资資]料|[来來]源|[书書]目"
+    r"|[链鏈]接|連結|[条條]目|[阅閱][读讀]|[与與及和][注註][释釋])?", re.I)
+BETWEEN_FORMS = re.compile(r";\s*+(?=(?:[^;]*=>\s*)?zh(?:-\w+)?\s*:|$)", re.I)
+FORM = re.compile(r"(?:[^:]*=>)?+([^:]*+):(.*)", re.S)
+LEFT_FORMS = re.compile(r"-\{((?:[^{}]|(?<!-)\{[^{}]*\})*?)\}-")
+SCRIPT = re.compile(r"<(su[pb])>([^<>\n]*)</\1>")
+SCRIPTS = {"sup": str.maketrans("0123456789+-−–=", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻⁼"),
+           "sub": str.maketrans("0123456789+-−–=", "₀₁₂₃₄₅₆₇₈₉₊₋₋₋₌")}
+REFERENCE_MARK = re.compile(r"\s*(?:\[[^\[\]]*\][\s,，]*|[注註]\s*\d+\s*)+")
+# {{chem2}} and <chem>: arrows and dots, charges and mass numbers, indices: 2H2O, SO4(2-), ^{13}C
+CHEMISTRY = [("<[=-]>", "⇌"), ("->", "→"), (r"\*", "·"), (
+    r"\^\{([^{}]*)\}|\^(\d*[+−-]?)|\((\d*[+−-])\)|(?<=[\w)\]])([+−-])(?![\w(\[])",
+    r"<sup>\1\2\3\4</sup>"), (r"_{([^{}]*)}|_(\d+)|(?<=[A-Za-z)\]])(\d+)", r"<sub>\1\2\3</sub>")]
+# {name: what the template shows}; templates.txt describes the patterns
+ROWS = Path(__file__).with_name("templates.txt").read_text(encoding="utf-8").splitlines()
+TEMPLATES = {name: pattern.replace(r"\n", "\n") for pattern, tab, names in
+             (row.partition("\t") for row in ROWS) for name in names.split("|") if tab}
+FIELD = re.compile(r"(?:\[([^{]*))?\{([^}]*)\}(?:([^\[\]{}]*)\])?")  # {2}, or [before{2}after]
 # Empty brackets, left by a dropped template; but "main()" keeps its brackets.
 BRACKETS = re.compile(r"(?:[（［]|(?<![A-Za-z0-9_])[(\[])[\s,，、;；:：]*[）)\]］]|《》|〈〉|「」|『』|“”")
 AFTER_OPENING = re.compile(r"(?<=[（(])[\s,，、;；]{1,20}")
-BEFORE_CLOSING = re.compile(r"[\s,，、;；:：]{1,20}(?=[）)])")
+BEFORE_CLOSING = re.compile(r"[\s,，、;；:：]{1,20}+(?=[）)])")
 
 
 def plain(markup):
     """Return the text of an article in wikitext without templates, tables, references, pictures.
     """
-    text = re.sub(r"<!--.*?(?:-->|\Z)", "", markup, flags=re.S)
-    text = resolve(drop_tags(text))
+    text = resolve(drop_tags(re.sub(r"<!--.*?(?:-->|\Z)", "", markup, flags=re.S)))
     text = re.sub(r"\[(?:https?:|ftp:)?//[^\s\[\]]*+[ \t]?([^\[\]\n]*+)\]", r"\1", text)
     text = re.sub(r"'{2,}", "", re.sub(r"__[A-Z]{3,30}__", "", text))
-    return empty_brackets(unescape(outline(text)))
+    return empty_brackets(unescape(scripts(outline(text))))
 
 
 def unescape(text):
@@ -74,13 +73,15 @@ def unescape(text):
 
 
 def tidy(text):
-    """Return extracted text with regional forms chosen, without tags and empty brackets."""
-    return empty_brackets(drop_tags(LEFT_FORMS.sub(lambda m: _regional(m[1]), text)))
+    """Return extracted text in simplified variants, without tags and empty brackets."""
+    for _ in range(2):  # nested ones
+        text = LEFT_FORMS.sub(lambda m: _variant(m[1]), text)
+    return empty_brackets(scripts(drop_tags(text)))
 
 
 def drop_tags(text):
-    """Return the text without tags and without the content of HIDDEN_TAGS; formulas become TeX
-    between dollar signs, <br> a newline."""
+    """Return the text without tags and without the content of HIDDEN_TAGS. <sup> and <sub> stay;
+    formulas become TeX between dollar signs, <br> a newline."""
     lowered, pieces, at, hidden = text.lower(), [], 0, ""
     last_end = {name: lowered.rfind(f"</{name}") for name in (*HIDDEN_TAGS, *FORMULAS)}
     for tag in ANY_TAG.finditer(text):
@@ -88,18 +89,32 @@ def drop_tags(text):
         if hidden:
             if ending and name == hidden:
                 if name in FORMULAS:
-                    pieces.append(_formula(text[at:tag.start()]))
+                    pieces.append(_formula(name, text[at:tag.start()]))
                 hidden, at = "", tag.end()
-        elif name in last_end or name in LAYOUT_TAGS:
-            pieces.append(text[at:tag.start()] + ("\n" if name == "br" else ""))
+        elif name in last_end or name in LAYOUT_TAGS or name in SCRIPTS:
+            shown = f"<{tag[1]}{name}>" if name in SCRIPTS else "\n" if name == "br" else ""
+            pieces.append(text[at:tag.start()] + shown)
             at = tag.end()
             if not ending and tag[0][-2] != "/" and tag.start() < last_end.get(name, -1):
                 hidden = name
     return "".join(pieces) + text[at:]
 
 
-def _formula(tex):
-    """Return TeX between dollar signs, its brackets spaced so that they do not look like markup."""
+def scripts(text):
+    """Return the text with the digits and signs in <sup> and <sub> as Unicode characters, and
+    without the reference marks in them."""
+    def script(match):
+        inner = html.unescape(match[2])
+        return "" if REFERENCE_MARK.fullmatch(inner) else inner.translate(SCRIPTS[match[1]])
+
+    return re.sub("</?su[pb]>", "", SCRIPT.sub(script, text))
+
+
+def _formula(tag, tex):
+    """Return TeX between dollar signs, its brackets spaced so that they do not look like markup;
+    a chemical formula without TeX commands as text."""
+    if tag != "math" and not re.search(r"[\\$]", tex):
+        return _chem2([tex.strip()])
     return "$" + re.sub(r"(?<=[{}\[\]-])(?=[{}\[\]-])", " ", tex.strip()) + "$"
 
 
@@ -135,7 +150,7 @@ def _link(inner):
     space, colon, _ = target.partition(":")
     space = space.strip()
     space = space.lower() if len(space) > 3 else space  # [[Re:..]] and [[CSI:..]] are titles
-    if colon and (space in HIDDEN_LINKS or space in LANGUAGES and not shown):
+    if colon and (space in HIDDEN_LINKS or LANGUAGE.fullmatch(space) and not shown):
         return ""
     if shown and shown[-1].strip():
         return shown[-1]
@@ -145,36 +160,76 @@ def _link(inner):
 
 
 def _template(inner):
-    """Return the text that {{name|...}} shows according to SHOWN and JOINED, else ""."""
-    name, *given = inner.split("|")
-    name, arguments, count = name.strip().lower().replace("_", " "), {}, 0
+    """Return the text that {{name|...}} shows according to TEMPLATES; "" if it is not in there."""
+    name, *given = re.sub(r"^(\s*\w+):", r"\1|", inner).split("|")  # {{formatnum:1234}} too
+    name, arguments, count = " ".join(name.replace("_", " ").split()), {}, 0
     for argument in given:
         key, equals, value = argument.partition("=")
         if not (equals and re.fullmatch(r"[\w -]{1,30}", key)):
             count += 1
             key, value = str(count), argument
         arguments[key.strip().lower()] = value.strip()
-    if name in JOINED:
-        return "".join(arguments.get(str(k), "") for k in JOINED[name])
-    keys = SHOWN.get(name) or SHOWN.get(name.partition("-")[0] + "-", [])
-    return next((arguments[str(k)] for k in keys if arguments.get(str(k))), "")
+    names = (f"{name}/{count}".lower(), name, name.lower(), name.lower().partition("-")[0] + "-")
+    shown = next((TEMPLATES[n] for n in names if n in TEMPLATES), "")
+    if shown in COMPUTED:
+        return COMPUTED[shown]([arguments[key] for key in arguments if key.isdigit()])
+    return FIELD.sub(lambda m: _field(m, arguments), shown).removeprefix("；")
 
 
-def _regional(inner):
-    """Return the simplified form of -{zh-hans:..;zh-hant:..}-; "" if a flag before "|" hides it."""
-    flags, bar, rest = inner.partition("|")
-    if bar and re.fullmatch(r"[A-Za-z; -]{0,12}", flags):
-        if set(flags.upper()) & set("TH-"):
-            return ""  # a rule for the title or the rest of the page
-        inner = rest
-    matches = [FORM.fullmatch(part.rpartition("=>")[2]) for part in inner.split(";")]
-    forms = {m[1].lower(): m[2].strip() for m in matches if m}
-    if not forms:
-        return inner
-    return next((forms[f] for f in SIMPLIFIED if forms.get(f)), next(iter(forms.values())))
+def _field(match, arguments):
+    """Return what a field of a pattern shows with the arguments {key: value} of a template."""
+    before, keys, after = match.groups(default="")
+    value = next((arguments[k] for k in keys.split("|") if arguments.get(k)), "")
+    return value and before + (value.lstrip("0") if after in ("月", "日") else value) + after
 
 
-RENDER = {"{{": _template, "[[": _link, "{|": lambda inner: "", "-{": _regional}
+def _number(given):
+    """Return the first argument with commas in its long numbers: 1,234,567.8."""
+    return re.sub(r"(?<![\d.])\d{4,18}(?!\d)", lambda m: f"{int(m[0]):,}", "".join(given[:1]))
+
+
+def _quantity(given):
+    """Return the quantity of {{convert|2|to|5|km|mi}} in its own unit: 2至5公里."""
+    found = re.match(r"(?:[+−-]?[.\d][^|]*\|[^|]+(?:\||$))*", "|".join(given))
+    words = (TEMPLATES.get(f"unit {word.lower()}", word) for word in found[0].split("|"))
+    return _number(["".join(words)])
+
+
+def _chem(given):
+    """Return the formula of {{chem|SO|4|2-}}: charges and a mass number in front are raised,
+    numbers and small letters lowered."""
+    text = re.sub(r"^(\d+)(?=\|)|(?<=\|)(\d*[+−-])(?=\||$)", r"<sup>\1\2</sup>", "|".join(given))
+    return re.sub(r"\|(['\da-z][^A-Z<|]*)(?=\||$)", r"<sub>\1</sub>", text).replace("|", "")
+
+
+def _chem2(given):
+    formula = "".join(given[:1])
+    for mark, shown in CHEMISTRY:
+        formula = re.sub(mark, shown, formula)
+    return formula
+
+
+COMPUTED = {"NUMBER": _number, "QUANTITY": _quantity, "CHEM": _chem, "CHEM2": _chem2}
+
+
+def _variant(inner):
+    """Return the simplified form in -{flags|zh-hans:..;zh-hant:..}-, as MediaWiki's ConverterRule
+    does, else the first form; "" if a flag hides it."""
+    before, bar, rules = inner.partition("|")
+    flags = {flag.strip() for flag in before.split(";")} if bar and ":" not in before else set()
+    rules = rules if flags else inner
+    if flags & {"H", "-", "N"} or flags == {"T"}:  # rules for the page or its title
+        return ""
+    matches = map(FORM.fullmatch, BETWEEN_FORMS.split(rules))
+    forms = {m[1].strip().lower(): m[2].strip() for m in matches if m}
+    if flags & {"R", *VARIANTS} or not forms or set(forms) - set(VARIANTS):  # a colon in the text
+        return rules
+    if "D" in flags:
+        return "".join(f"{VARIANTS[code]}：{form}；" for code, form in forms.items())
+    return next((forms[code] for code in SIMPLIFIED if forms.get(code)), next(iter(forms.values())))
+
+
+RENDER = {"{{": _template, "[[": _link, "{|": lambda inner: "", "-{": _variant}
 
 
 def outline(text):

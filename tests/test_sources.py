@@ -26,11 +26,10 @@ import prepare
 from common.command_line import UserError
 from corpus import files, records
 from corpus.chats import dialogues
-from corpus.clean import Rules, chinese_share, clean_document
+from corpus.clean import Rules, clean_document
 from corpus.files import Dropped, encoding_of
 from corpus.records import json_lines, json_values
 from corpus.sources import SOURCES, WikiPage
-from corpus.wikitext import plain, tidy
 from tokens.bins import SPLITS, Bins
 from tokens.tokenizer import load_tokenizer, train_bytebpe
 
@@ -138,42 +137,6 @@ def test_a_dump_in_utf16_and_bz2_is_the_same_dump(here):
     ours, theirs = ([getattr(d, "raw", type(d)) for d in read_all("wiki", [file])]
                     for file in ("a.xml.bz2", str(FIXTURES / "zhwiki.xml")))
     assert ours == theirs
-
-
-def test_what_extractors_leave_is_tidied():
-    assert tidy("群、環、-{zh-cn:域;zh-tw:體}-等（）") == "群、環、域等"
-    assert tidy("與-{zh-hans:简; zh-hant:珍;}-·马普尔（英語：，音译）") == "與简·马普尔（英語：，音译）"
-    assert tidy("一<br>\n街-{庄}-（，二）《》main()") == "一\n\n街庄（二）main()"
-
-
-@pytest.mark.parametrize("markup, text", [
-    ("动画[[Re:从零开始的异世界生活]]很有名", "动画Re:从零开始的异世界生活很有名"),
-    ("[[CSI:犯罪现场|犯罪现场]]", "犯罪现场"), ("甲[[en:A]][[zh-yue:B]]乙", "甲乙"),
-    ("1937年-{{lang|en|now}}，他说", "1937年-now，他说"), ("甲&#" + "9" * 5000 + ";乙", "甲乙"),
-    ("[[文件:a.jpg|缩略图|[[茶]]的图]]茶", "茶"), ("[[:分类:茶]]", "分类:茶"),
-    ("'''甲'''''乙''", "甲乙"), ("-{T|甲}-茶-{zh-tw:乙}-", "茶乙")])
-def test_wikitext_shows_what_the_page_shows(markup, text):
-    assert plain(markup) == text
-
-
-@pytest.mark.parametrize("piece", [
-    "{{", "[[", "<ref>", "<a ", "-{", "[//a", "[http://aa", "(", "|}", "'", "=", "<!--", "{|\n",
-    "&#1", "{{lang|en|", "a\u0301\u0323", "\u0301\u0323", "[[a|", "\n=a", "-{zh:", " ", "\n"])
-def test_broken_wikitext_takes_linear_time(piece):
-    text = "茶" + piece * (300_000 // len(piece))
-    began = time.process_time()
-    for in_wikitext in (True, False):
-        clean_document(WikiPage("", text, in_wikitext), Rules())
-    assert time.process_time() - began < 10
-
-
-@given(st.text(alphabet="{}[]|-=<>ref/!*'\n （）:茶zh;#", max_size=300))
-@settings(max_examples=500, deadline=None)
-def test_broken_wikitext_never_fails_and_plain_text_stays(text):
-    plain(text), tidy(text)
-    letters = "".join(c for c in text if c == "茶")
-    if not set(text) & set("{}[]<>=|!-"):
-        assert "".join(c for c in plain(text) if c == "茶") == letters
 
 
 # ---- files ----
@@ -375,27 +338,7 @@ def test_dialogues_keep_their_turns_and_stop_before_an_empty_one():
     assert asked[0]["content"] == "长江很长。\n\n什么长？" and refused.reason == "unanswerable"
 
 
-# ---- cleaning ----
-
-def test_texts_are_kept_or_dropped_by_the_rules():
-    rules = Rules(min_chars=5, min_chinese=0.3)
-    for text, reason in (("", "empty"), ("短", "too short"), ("only English here", "little Chinese"),
-                         ("长江是一条很长的河。", "")):
-        assert clean_document(text, rules)[1] == reason
-    assert chinese_share("a 长\n") == 0.5 and chinese_share("𠮷") == 1
-    page = "正文在这里，讲一件事。\n责任编辑：张三\n相关阅读：别的\n版权所有 某网站\n责任编辑是一种工作。"
-    text, _, trimmed = clean_document(page, Rules())
-    assert text == "正文在这里，讲一件事。\n责任编辑是一种工作。" and trimmed["boilerplate lines"] == 3
-    broken = "\n".join(["好的一行。"] * 12) + "\n坏\udcff的一行"
-    text, reason, trimmed = clean_document(broken, Rules())
-    assert not reason and "坏" not in text and trimmed["undecodable lines"] == 1
-    assert clean_document("坏\udcff的", Rules())[1] == "bad encoding"
-
-
-def test_traditional_text_is_simplified_word_by_word():
-    pytest.importorskip("opencc")
-    assert clean_document("頭髮和發展，乾淨和乾坤", Rules(simplify=True))[0] == "头发和发展，干净和乾坤"
-
+# ---- several sources, samples, limits ----
 
 def test_near_duplicates_are_dropped_on_request(here, tokenizer):
     pytest.importorskip("datasketch")
@@ -405,9 +348,6 @@ def test_near_duplicates_are_dropped_on_request(here, tokenizer):
     (here / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), "utf-8")
     prepare.main(["text", "a.jsonl", tokenizer, "--name=x", "--near_duplicates=0.8"])
     assert counts_of("x")["dropped"] == {"near duplicate": 2}
-
-
-# ---- several sources, samples, limits ----
 
 def write_corpus(file, n, what):
     file.write_text("".join(json.dumps({"text": f"第{i}篇{what}，讲的是一件很小的事情。"}) + "\n"
