@@ -19,6 +19,7 @@ vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, for demo 4,096
 # ---- input ----
 field = ""           # key of the text in .jsonl .json .csv .parquet; "" = text, content, completion
 evidence = False     # put the text that a question is about in front of it (webqa, dureader, SQuAD)
+chosen = False       # read the chosen answers of preference pairs (DPO); else they are dropped
 sample = 1.0         # share of the documents to use, chosen by their hash
 max_docs = 0         # documents to read of each source; 0 = all
 # ---- cleaning of texts ----
@@ -72,7 +73,8 @@ WIKI_FOLDERS = ("wiki_zh_2019", "wiki_zh", "wiki_zh*.zip", "[A-Z][A-Z]/wiki_[0-9
 RANGES = dict(vocab_size=(0, 2**20), sample=(1e-9, 1), max_docs=(0, 2**31), min_chars=(0, 2**31),
               min_chinese=(0, 1), near_duplicates=(0, 0.95), val_fraction=(0, 0.99),
               workers=(0, 256))
-RECORDED = ("val_fraction", "sample", "max_docs", "field", "evidence", "near_duplicates")
+RECORDED = ("val_fraction", "sample", "max_docs", "field", "evidence", "chosen",
+            "near_duplicates")
 
 
 # ---- sources: [(name in SOURCES, files, their given split: "val", "test", "train" or "")] ----
@@ -144,7 +146,8 @@ def batches(sources, cfg, count_dropped):
     """
     for source, files, split in sources:
         chat = SOURCES[source].kind == "chat"
-        options = dict(evidence=cfg.evidence) if chat else dict(field=cfg.field)
+        options = (dict(evidence=cfg.evidence, chosen=cfg.chosen) if chat else
+                   dict(field=cfg.field))
         documents = SOURCES[source].documents(files, **options)
         batch, size = [], 0
         for place, doc in itertools.islice(documents, cfg.max_docs or None):

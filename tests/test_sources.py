@@ -25,7 +25,6 @@ from test_data import checked_counts, documents
 import prepare
 from common.command_line import UserError
 from corpus import files, records
-from corpus.chats import dialogues
 from corpus.clean import Rules, clean_document
 from corpus.files import Dropped, encoding_of
 from corpus.records import json_lines, json_values
@@ -87,13 +86,13 @@ GOLDEN = {
     "alpaca alpaca": (1000, 992, {"duplicate": 8}),
     "belle belle": (579, 579, {}),
     "sharegpt sharegpt": (183, 183, {}),
-    "webqa webqa": (3036, 3030, {"duplicate": 5, "no messages": 1}),
-    "webqa webqa --evidence": (3257, 3118, {"duplicate": 2, "no messages": 7, "unanswerable": 130}),
-    "dureader dureader": (220, 125, {"unanswerable": 95}),
-    "dureader dureader --evidence": (220, 125, {"unanswerable": 95}),
+    "webqa webqa": (3036, 3030, {"duplicate": 5, "no question or no answer": 1}),
+    "webqa webqa --evidence": (3257, 3118, {"duplicate": 2, "no question or no answer": 137}),
+    "dureader dureader": (220, 125, {"no question or no answer": 95}),
+    "dureader dureader --evidence": (220, 125, {"no question or no answer": 95}),
     "chat messages": (5, 5, {}),
     "chat gbk": (424, 412, {"duplicate": 11, "not CSV": 1}),
-    "chat squad_style": (1002, 1000, {"empty message": 2}),
+    "chat squad_style": (1002, 1000, {"no question or no answer": 2}),
 }
 
 
@@ -291,51 +290,11 @@ def test_a_json_error_is_reported_at_its_line(here):
     assert lost.details.startswith("not JSON (Expecting value, column 7")
 
 
-# ---- dialogues ----
+# ---- dialogues (their formats: test_dialogues.py) ----
 
-
-@pytest.mark.parametrize("record", [
-    {"messages": QA}, QA, {"conversations": [{"from": "human", "value": "问"},
-                                             {"from": "gpt", "value": "答"}]},
-    {"conversation": [{"human": "问", "assistant": "答"}]},
-    {"instruction": "问", "input": "", "output": "答"}, {"instruction": "问", "output": "答"},
-    {"instruction": "Human: 问\nAssistant:", "input": "", "output": "答"},
-    {"question": "问", "answer": "答"}, {"prompt": "问", "response": "答"},
-    {"question": "问", "answers": ["", "答", "别的"], "documents": []},
-    {"question": "问", "evidences": {"a": {"answer": ["no_answer"], "evidence": "x"},
-                                     "b": {"answer": ["答"], "evidence": "y"}}},
-    {"id": "3", "question": "问", "passages": [{"answer": "", "passage": "x"},
-                                              {"answer": "答", "passage": "y"}]},
-    {"context": "x", "qas": [{"question": "问", "answers": [{"text": "答", "answer_start": 0}]}]},
-    {"kind": "x", "input": "问", "target": "答"}])
-def test_every_form_of_one_question_is_the_same_dialogue(record):
-    found = [clean_document(d, Rules())[0] for d in dialogues(record, False)]
-    assert found == [QA]
-
-
-@pytest.mark.parametrize("record, reason", [
-    *[(r, "no messages") for r in ({}, {"messages": []}, {"messages": "x"}, {"messages": [1]},
-                                   {"messages": [{"role": "user"}]})],
-    ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role"), (QA[:1], "no answer"),
-    ({"question": "问", "answer": " ", "history": [["一", "二"]]}, "no answer")])
-def test_dialogues_that_cannot_be_trained_on_are_dropped_by_reason(record, reason):
-    assert [dropped.reason for dropped in dialogues(record, False)] == [reason]
-
-
-def test_dialogues_keep_their_turns_and_stop_before_an_empty_one():
-    belle = {"instruction": "Human:一\nAssistant:二\nHuman:三：Human:不是\nAssistant:", "output": "四"}
-    (found,) = dialogues(belle, False)
-    assert [m["content"] for m in found] == ["一", "二", "三：Human:不是", "四"]
-    history = {"instruction": "三", "output": "四", "history": [["一", "二"]]}
-    assert [m["content"] for m in next(dialogues(history, False))] == list("一二三四")
+def test_a_dialogue_ends_before_its_first_empty_message():
     doc = [*QA, dict(role="user", content=" "), dict(role="assistant", content="x")]
     assert clean_document(doc, Rules()) == (QA, "", Counter(messages=2))
-    record = {"from": "百度", "content": "文", "question": "问", "answer": "答", "system": "是"}
-    assert [m["content"] for m in next(dialogues(record, False))] == ["是", "问", "答"]
-    squad = {"context": "长江很长。", "qas": [{"question": "什么长？", "answers": [{"text": "长江"}]},
-                                        {"question": "？", "answers": [], "is_impossible": True}]}
-    asked, refused = dialogues(squad, True)
-    assert asked[0]["content"] == "长江很长。\n\n什么长？" and refused.reason == "unanswerable"
 
 
 # ---- several sources, samples, limits ----
