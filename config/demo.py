@@ -7,7 +7,6 @@ n_head = 2
 n_kv_head = 1
 n_embd = 128             # 256 learns no more from so little text, and takes twice as long
 n_inner = 384
-block_size = 256
 batch_size = 4
 gradient_accumulation_steps = 1  # 4 * 256 = 1,024 tokens a step
 dropout = 0.15           # 0.1 over-fits within ten epochs
