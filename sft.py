@@ -16,7 +16,6 @@ batch_size = 8           # rows of packed dialogues per micro-batch and per proc
 gradient_accumulation_steps = 4
 # ---- optimizer ----
 learning_rate = 5e-5     # 10 times below pretraining, to limit forgetting
-min_lr = 5e-6
 warmup_iters = 50
 max_iters = 2000
 # ---- watching ----
@@ -30,6 +29,7 @@ from common.settings import configure
 from models.folders import find_model, load_base_model
 from tokens.chat_batches import ChatData
 from training.checkpoint import SHAPE
+from training.context import end_together
 
 
 def make_model(cfg, bins):
@@ -41,17 +41,12 @@ def make_model(cfg, bins):
     return load_base_model(path, bins, cfg.dropout)
 
 
-def make_data(cfg, bins, model):
-    """Return the batches of dialogues, in rows of the base model's context."""
-    cfg.block_size = model.config.block_size
-    return ChatData(bins, cfg)
-
-
+@end_together
 def main():
     """Fine-tune as the command line says."""
     cfg, arguments = configure(__file__, base=pretrain.__file__, fixed=SHAPE)
     pretrain.check_settings(cfg, arguments)
-    if pretrain.train(cfg, make_model, make_data, "chat"):
+    if pretrain.train(cfg, make_model, ChatData, "chat"):
         print("\nnext:  python sample.py --chat")
 
 

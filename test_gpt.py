@@ -536,7 +536,7 @@ def test_a_row_ends_with_its_stop_id_and_the_batch_with_its_last_row():
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 80), (2, 80, 16)])
 def test_orthogonalize_brings_every_singular_value_near_one(shape):
-    from training.optim import orthogonalize
+    from training.muon import orthogonalize
     torch.manual_seed(0)
     g = torch.randn(shape) * 1e-3
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
@@ -549,12 +549,12 @@ def test_orthogonalize_brings_every_singular_value_near_one(shape):
 
 
 def test_orthogonalize_leaves_a_zero_matrix_zero():
-    from training.optim import orthogonalize
+    from training.muon import orthogonalize
     assert torch.equal(orthogonalize(torch.zeros(2, 8, 6)), torch.zeros(2, 8, 6))
 
 
 def test_muon_steps_as_that_of_torch_but_for_its_bfloat16():
-    from training.optim import Muon
+    from training.muon import Muon
     torch.manual_seed(0)
     shapes = [(24, 24), (24, 24), (64, 24), (24, 64)]
     start = [torch.randn(s) for s in shapes]
@@ -573,7 +573,7 @@ def test_muon_steps_as_that_of_torch_but_for_its_bfloat16():
 
 @pytest.mark.parametrize("slice_numel", [1, 24 * 24, 2 * 24 * 24 + 1])
 def test_muon_in_slices_equals_muon_at_once(slice_numel, monkeypatch):
-    from training.optim import Muon
+    from training.muon import Muon
 
     def stepped():
         torch.manual_seed(0)

@@ -23,7 +23,6 @@ from common.command_line import UserError, is_out_of_memory
 from common.device import DTYPES, choose_device, choose_dtype, peak_flops, peak_memory, synchronize
 from gpt import GPT, GPTConfig
 from models.hf import save_pretrained
-from training.distributed import Context, wrap_model
 from training.optim import configure_optimizers
 
 ROOT = Path(__file__).parent.parent
@@ -165,12 +164,13 @@ def make_trainer(name, cfg, device):
 def shard_alone(model, device, dtype):
     """Shard the model with FSDP over a group of this one process."""
     import torch.distributed as dist
+
+    from training.distributed import shard
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         os.environ.setdefault(variable, "lo")  # there may be no network
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
                             store=dist.TCPStore("127.0.0.1", 0, 1, is_master=True))
-    # wrap_model returns the model as it is when world_size is 1
-    return wrap_model(model, Context(device, dtype, world_size=2, fsdp=True))
+    return shard(model, dtype)
 
 
 def train_step(model, optimizers, ids, dtype):

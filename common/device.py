@@ -1,6 +1,7 @@
 """The device and dtype of a run, its memory and its peak speed."""
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -87,9 +88,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_memory():
-    """Return the bytes of main memory that are free; 0 = unknown."""
+def main_memory():
+    """Return the bytes of main memory of this machine, or of its container; 0 = unknown."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows, macOS
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
         return 0
+    try:
+        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # not Linux, or "max": no limit
+        return memory

@@ -17,6 +17,7 @@ from conftest import ENV, ROOT, one_line, run
 from test_scripts import TINY, curve, settings, train, weights
 
 import pretrain
+from common import device
 from common.command_line import is_out_of_memory
 from gpt import GPT, GPTConfig
 from models.hf import from_pretrained
@@ -103,26 +104,26 @@ def test_batches_come_out_even_for_all_processes():
     ctx = SimpleNamespace(world_size=3, rank=0)
     parts = []
     for ctx.rank in range(3):
-        parts.append(list(distributed.shard_batches(batches, ctx)))
+        parts.append(list(distributed.DistributedContext.share(ctx, batches)))
     assert [len(part) for part in parts] == [2, 2, 2]
     targets = sorted(int(t[0, 0]) for part in parts for _, t, _ in part)
     assert targets == [-1, 0, 1, 2, 3, 4]  # each once, and one with nothing to predict
 
 
-def test_a_signal_that_comes_while_processes_ask_each_other_is_not_lost(monkeypatch):
-    stop, ctx = distributed.GracefulStop(), SimpleNamespace(world_size=2)
-
-    def asked(number, ctx):  # the answer was 0 when the signal came
-        stop.record(signal.SIGTERM, None)
-        return number
-    monkeypatch.setattr(distributed, "all_reduce_max", asked)
-    assert stop.requested(ctx) == 0
-    monkeypatch.setattr(distributed, "all_reduce_max", lambda number, ctx: number)
-    assert stop.requested(ctx) == signal.SIGTERM
-    # nor does what others have heard count as this process's own first signal
-    stop = distributed.GracefulStop()
-    monkeypatch.setattr(distributed, "all_reduce_max", lambda number, ctx: signal.SIGTERM)
-    assert stop.requested(ctx) == signal.SIGTERM and not stop.received
+def test_a_signal_to_any_process_stops_all_and_the_second_to_one_ends_it(place, monkeypatch):
+    monkeypatch.chdir(place)
+    cfg, bins = settings("--out_dir=out/x"), Bins("demo", place / "data")
+    ctx = pretrain.init_context(cfg)
+    trainer = pretrain.Trainer(cfg, ctx, pretrain.make_model(cfg, bins),
+                               pretrain.TextData(bins, cfg), "base", None)
+    ctx.max = lambda number: signal.SIGTERM  # another process received it
+    assert trainer.run() == signal.SIGTERM and trainer.step == 0
+    assert not trainer.stop.received  # not counted as this process's own first signal
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for _ in range(2):
+        trainer.stop.record(signal.SIGINT, None)
+    assert ended == [128 + signal.SIGINT]
 
 
 def test_processes_without_torchrun_are_told_of_it(place):
@@ -199,6 +200,37 @@ def test_the_plan_knows_what_a_forward_keeps(arch, n_kv_head):
     assert planned == pytest.approx(real, rel=0.1)
 
 
+def test_torch_compile_without_a_compiler_is_one_line(place, monkeypatch):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def forward(*words, **more):
+        raise InvalidCxxCompiler
+    monkeypatch.setattr(GPT, "forward", forward)
+    one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/x"), "No working C++ compiler",
+             "leave out --compile")
+
+
+@pytest.mark.parametrize("text, memory", [("4096", 4096), ("max", 2**40), ("9" * 15, 2**40)])
+def test_the_memory_of_a_container_is_that_of_its_limit(text, memory, monkeypatch):
+    monkeypatch.setattr(device.os, "sysconf", lambda name: 2**20, raising=False)
+    monkeypatch.setattr(device, "Path", lambda name: SimpleNamespace(
+        read_text=lambda encoding: text))
+    assert device.main_memory() == memory
+
+
+def test_a_batch_beyond_the_memory_of_a_cpu_is_never_tried(place, monkeypatch):
+    monkeypatch.chdir(place)
+    cfg, bins = settings("--batch_size=16"), Bins("demo", place / "data")
+    model, rows, plain = pretrain.make_model(cfg, bins), [], GPT.forward
+    enough = sum(estimate.memory_plan(model, cfg, pretrain.init_context(cfg)).values())
+    monkeypatch.setattr(estimate, "main_memory", lambda: enough)
+    monkeypatch.setattr(GPT, "forward", lambda self, ids, *more: rows.append(len(ids))
+                        or plain(self, ids, *more))
+    done = train(place, "--dry_run", "--batch_size=64")
+    assert "continuing with --batch_size=16 --gradient_accumulation_steps=8" in done.stdout
+    assert set(rows) == {16}
+
+
 def test_a_dry_run_tells_the_cost_and_writes_nothing(place):
     done = train(place, "--dry_run", "--out_dir=out/x", "--max_iters=1000")
     for part in ("M parameters", "M tokens", "epochs", "FLOPs", "memory a process", "to finish"):
@@ -249,12 +281,18 @@ def test_a_checkpoint_with_a_changed_byte_or_foreign_content_is_not_trained_on(p
     newest.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
     done = train(place, "--out_dir=out/a")
     assert "damaged" in done.stderr and older.name in done.stdout
-    state = torch.load(checkpoint_files(place / "out/a")[0], weights_only=True)
-    moment = state["optimizers"][0]["state"][0]
-    moment["exp_avg"] = moment["exp_avg"][:-1]
-    torch.save(state, newest)
-    one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/a", "--max_iters=30"), "exp_avg",
-             "--overwrite")
+    whole = newest.read_bytes()
+    for name, value in (("exp_avg", torch.zeros(3)), ("step", torch.zeros(3)), ("step", None),
+                        ("step", torch.tensor(math.nan)), ("step", torch.tensor(21.0))):
+        state = torch.load(newest, weights_only=True)
+        state["optimizers"][0]["state"][0][name] = value
+        if value is None:
+            del state["optimizers"][0]["state"][0][name]
+        torch.save(state, newest)
+        one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/a", "--max_iters=30"),
+                 "was not written by this program", name if value is not None else "exp_avg",
+                 "--overwrite")
+        newest.write_bytes(whole)
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_new_ones(place):
@@ -267,7 +305,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_new_ones(place):
 
 def test_a_folder_that_another_run_filled_meanwhile_is_left_alone(place, monkeypatch):
     train(place, "--out_dir=out/a", "--max_iters=4")
-    files = RunLog(settings("--out_dir=out/a"), "base", True)
+    files = RunLog(settings("--out_dir=out/a"), "base")
     monkeypatch.chdir(place)
     with pytest.raises(pretrain.UserError, match="another run has written to out/a meanwhile"):
         files.start(0, {})
@@ -288,7 +326,7 @@ def test_a_model_that_the_last_step_broke_is_not_kept(max_iters, said, place, mo
     cfg = settings("--out_dir=out/x", f"--max_iters={max_iters}", "--checkpoint_interval=2",
                    "--eval_interval=100")
     with pytest.raises(pretrain.UserError, match=said):
-        pretrain.train(cfg, pretrain.make_model, lambda c, b, m: pretrain.TextData(b, c), "base")
+        pretrain.train(cfg, pretrain.make_model, pretrain.TextData, "base")
     assert not checkpoint_files(place / "out/x") and not (place / "out/x/final").exists()
 
 
@@ -314,7 +352,7 @@ def test_a_run_makes_exactly_max_iters_steps(place, monkeypatch):
     monkeypatch.setattr(pretrain.Trainer, "update", update)
     for max_iters in (7, 7, 9):
         cfg = settings("--out_dir=out/x", f"--max_iters={max_iters}")
-        pretrain.train(cfg, pretrain.make_model, lambda c, b, m: pretrain.TextData(b, c), "base")
+        pretrain.train(cfg, pretrain.make_model, pretrain.TextData, "base")
         state = torch.load(checkpoint_files(place / "out/x")[0], weights_only=True)
         assert state["step"] == max_iters and steps == list(range(max_iters))
         counts = {int(s["step"]) for s in state["optimizers"][0]["state"].values()}
@@ -325,7 +363,7 @@ def test_a_loss_that_explodes_stops_the_run_and_is_not_kept(place):
     words = (*TINY, "--out_dir=out/x", "--grad_clip=0", "--checkpoint_interval=2",
              "--eval_interval=100", "--warmup_iters=8", "--max_iters=200", "--min_lr=0")
     done = run(place, "pretrain.py", *words, "--learning_rate=300")
-    one_line(done, "diverged", "gradient norm", "demo[", "from before it")
+    one_line(done, "diverged", "gradient norm", "demo[", "Lower learning_rate")
     step = int(done.stderr.rpartition("step ")[0].rpartition("step ")[2].split()[0])
     for file in checkpoint_files(place / "out/x"):
         state = torch.load(file, weights_only=True)
@@ -396,3 +434,10 @@ def test_the_schedule_warms_up_and_ends_at_the_floor():
     assert factors[60] == pytest.approx(0.55) and factors[110] == factors[119] == 0.1
     assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
     assert math.isclose(factors[109], 0.1, rel_tol=0.01)
+
+
+@pytest.mark.parametrize("min_lr, floor", [(6e-6, 0.6), (0.0, 0.0), (-1.0, 0.1), (6e-5, 0.1)])
+def test_min_lr_is_a_tenth_of_a_learning_rate_that_is_lowered_below_it(min_lr, floor):
+    cfg = SimpleNamespace(warmup_iters=0, max_iters=100, learning_rate=1e-5, min_lr=min_lr)
+    assert pretrain.lr_factor(0, cfg) == 1.0
+    assert pretrain.lr_factor(100, cfg) == pytest.approx(floor)

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import types
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +19,12 @@ import sft
 from common import cpu, device, files
 from common.command_line import UserError, run_main
 from common.settings import configure
-from gpt import GPT, Cache, linear_cross_entropy
+from gpt import GPT, Cache, GPTConfig, linear_cross_entropy
 from models import folders
 from models.hf import from_pretrained
 from test_gpt import make, random_ids
 from tokens.bins import Bins
-from training import checkpoint, estimate, optim, runlog
+from training import checkpoint, distributed, estimate, muon, trackers
 from training.checkpoint import checkpoint_files
 
 torch.set_num_threads(1)
@@ -84,8 +85,9 @@ def test_a_run_killed_before_its_first_step_does_not_refuse_itself(place, monkey
         raise KeyboardInterrupt
     words = ("pretrain.py", *TINY, "--out_dir=out/x", "--max_iters=2")
     with monkeypatch.context() as patch:
-        patch.setattr(runlog, "open_trackers", killed)
-        assert run(place, *words).returncode == 130
+        patch.setattr(pretrain, "find_spec", lambda package: True)
+        patch.setattr(trackers, "open_trackers", killed)
+        assert run(place, *words, "--tensorboard").returncode == 130
     one_line(run(place, *words, "--dropout=0"), "out/x holds tensorboard")  # another run
     succeed(run(place, *words))
 
@@ -128,6 +130,96 @@ def test_a_resumed_run_does_not_keep_its_checkpoint_open(place):
     del found
     with open("/proc/self/maps", encoding="utf-8") as maps:
         assert str(file.resolve()) not in maps.read()
+
+
+def test_a_run_stopped_early_is_evaluated_where_it_ends(place):
+    words = ("--out_dir=out/x", "--checkpoint_interval=7", "--eval_interval=5")
+    train(place, *words, "--max_iters=10")
+    checkpoint_files(place / "out/x")[0].unlink()  # as if stopped at step 7, after an evaluation
+    shutil.rmtree(place / "out/x/final")           # at step 5
+    train(place, *words, "--max_iters=7")
+    last = [e for e in curve(place / "out/x") if e[2]][-1]
+    config = config_of(place / "out/x/final")
+    assert last[0] == 7 == config["step"] and config["val_loss"] == last[2]
+
+
+def run_json(folder):
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_killed_before_it_said_that_it_is_finished_says_so_later(place):
+    words = ("--out_dir=out/x", "--max_iters=4")
+    train(place, *words)
+    whole, config = run_json(place / "out/x"), config_of(place / "out/x/final")
+    assert whole["finished"] == 4 and config["val_loss"] > 0
+    plain = {name: value for name, value in whole.items() if name != "finished"}
+    (place / "out/x/run.json").write_text(json.dumps(plain), encoding="utf-8")
+    train(place, *words)
+    assert run_json(place / "out/x")["finished"] == 4
+    assert config_of(place / "out/x/final") == config
+    assert "is finished at step 4" in train(place, *words).stdout
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(place):
+    train(place, "--out_dir=out/x", "--max_iters=4")
+    left = ["best.replaced/a", "final.part/a", "final.replaced/a", "ckpt_step_5.pt.part",
+            "log.jsonl.part", "loss.png.part", "run.json.part"]
+    for name in [*left, "mine.part"]:
+        (place / "out/x" / name).parent.mkdir(exist_ok=True)
+        (place / "out/x" / name).write_bytes(b"")
+    train(place, "--out_dir=out/x", "--max_iters=6")
+    found = {p.name for p in (place / "out/x").iterdir() if p.suffix in (".part", ".replaced")}
+    assert found == {"mine.part"}
+
+
+def test_the_checkpoints_of_keep_steps_are_never_removed(place):
+    words = ("--out_dir=out/x", "--keep_steps=4|6", "--checkpoint_interval=3")
+
+    def steps():
+        return [int(f.stem[10:]) for f in checkpoint_files(place / "out/x")]
+    train(place, *words, "--max_iters=13")
+    assert steps() == [13, 12, 6, 4]  # 4 is no multiple of checkpoint_interval
+    train(place, *words, "--keep_checkpoints=0", "--max_iters=20")
+    assert steps() == [20, 18, 15, 13, 12, 6, 4]
+    train(place, *words, "--keep_checkpoints=1", "--max_iters=21")
+    assert steps() == [21, 6, 4]
+    saved = torch.load(checkpoint_files(place / "out/x")[-1], weights_only=True)
+    assert saved["kind"] == "base" and saved["cfg"]["dataset"] == "demo"
+    model = GPT(GPTConfig(**saved["model_config"]))
+    model.load_state_dict(saved["model"])
+
+
+def test_a_run_is_not_resumed_on_changed_data(place):
+    def prepare(part):
+        succeed(run(place, "prepare.py", "wiki", ROOT / "data/raw/demo/wiki_zh/AA" / part,
+                    "--tokenizer=data/demo", "--name=own", "--val_fraction=0.1"))
+    words = ("--dataset=own", "--out_dir=out/x")
+    prepare("wiki_00")
+    train(place, *words, "--max_iters=4")
+    before = (place / "out/x/ckpt_step_4.pt").read_bytes()
+    prepare("wiki_05")
+    one_line(run(place, "pretrain.py", *TINY, *words, "--max_iters=6"), "was made with data=",
+             "--overwrite")
+    assert (place / "out/x/ckpt_step_4.pt").read_bytes() == before
+
+
+EXPLODING = ("--out_dir=out/x", "--grad_clip=0", "--eval_interval=100", "--warmup_iters=8",
+             "--max_iters=40")
+
+
+@pytest.mark.parametrize("good_steps, then", [
+    (0, "the same command then starts again"), (4, "resumes from the last checkpoint in out/x")])
+def test_a_run_that_diverged_goes_on_with_a_lower_rate(good_steps, then, place):
+    words = (*EXPLODING, "--checkpoint_interval=100")
+    if good_steps:
+        train(place, *words, f"--max_iters={good_steps}")
+    done = run(place, "pretrain.py", *TINY, *words, "--learning_rate=300")
+    one_line(done, "diverged", "Lower learning_rate", then)
+    done = train(place, *words, "--learning_rate=1e-3")
+    assert ("resuming from" in done.stdout) == bool(good_steps)
+    lines = (place / "out/x/log.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = {e["step"]: e["lr"] for e in map(json.loads, lines) if "lr" in e}
+    assert rates[40] == pytest.approx(1e-4, rel=0.05)  # min_lr is a tenth of it
 
 
 def test_a_backup_beside_a_model_or_a_set_is_left_alone(place):
@@ -185,9 +277,9 @@ import sys
 sys.path.insert(0, {root!r})
 import torch.distributed as dist
 import pretrain
-from training import optim
+from training import distributed, muon
 from common.command_line import run_main
-done, plain, plain_step = [0], optim.orthogonalize, pretrain.Trainer.update
+done, plain, plain_step = [0], muon.orthogonalize, pretrain.Trainer.update
 def count(g, steps=5):
     done[0] += len(g)
     return plain(g, steps)
@@ -202,12 +294,12 @@ class Waited(pretrain.TextData):
         if micro >= dist.get_world_size():  # after this process's first micro-batch
             assert all(hasattr(p.grad, "to_local") for p in model[0].parameters())
         return super().batch(step, micro)
-model, plain_wrap = [], pretrain.wrap_model
-def wrap_model(m, ctx):
+model, plain_shard = [], distributed.shard
+def shard(m, dtype):
     model.append(m)
-    return plain_wrap(m, ctx)
-optim.orthogonalize, pretrain.Trainer.update = count, update
-pretrain.TextData, pretrain.wrap_model = Waited, wrap_model
+    return plain_shard(m, dtype)
+muon.orthogonalize, pretrain.Trainer.update = count, update
+pretrain.TextData, distributed.shard = Waited, shard
 run_main(pretrain.main, pretrain.__file__)
 """
 
@@ -233,10 +325,7 @@ def test_a_sharded_run_shares_gradients_muon_and_the_losses_it_keeps(place):
 def test_the_main_process_alone_checks_a_checkpoint_for_all(place, monkeypatch):
     train(place, "--out_dir=out/x", "--max_iters=4")
     monkeypatch.chdir(place)
-    ctx = SimpleNamespace(is_main=False, world_size=2, launches=[])
-    # 4: what the main process found
-    monkeypatch.setattr(checkpoint, "all_reduce_max",
-                        lambda number, ctx: number if isinstance(number, bool) else 4)
+    ctx = SimpleNamespace(is_main=False, max=lambda number: 4)  # what the main process found
     monkeypatch.setattr("zipfile.ZipFile", None)
     cfg, bins = settings("--out_dir=out/x"), Bins("demo", place / "data")
     assert checkpoint.find_checkpoint(cfg, bins, ctx)["step"] == 4
@@ -245,13 +334,40 @@ def test_the_main_process_alone_checks_a_checkpoint_for_all(place, monkeypatch):
         checkpoint.find_checkpoint(cfg, bins, ctx)
 
 
-def test_a_refusal_under_torchrun_is_one_line(place):
+@pytest.mark.parametrize("words, said", [
+    (("--out_dir=out/x", "--seed=2"), "was made with seed=1337, not 2"),  # the main process alone
+    (("--out_dir=out/file",), "out/file"),     # the main process, after the choice of a checkpoint
+    (("--batch_size=0",), "batch_size=0 is"),  # all processes
+])
+def test_a_refusal_under_torchrun_is_one_line(words, said, place):
     train(place, "--out_dir=out/x", "--max_iters=2")
-    done = run_process(place, "pretrain.py", *TINY, "--out_dir=out/x", "--seed=2",
-                       torchrun=("--nproc_per_node=2",))
-    assert done.returncode and done.stderr.count("was made with seed=1337, not 2") == 1
+    (place / "out/file").write_bytes(b"")
+    done = run_process(place, "pretrain.py", *TINY, *words, torchrun=("--nproc_per_node=2",))
+    assert done.returncode and done.stderr.count("pretrain.py: ") == 1
+    assert said in done.stderr.partition("pretrain.py: ")[2].splitlines()[0]
     assert "Gloo" not in done.stderr and "Connection closed" not in done.stderr
     assert "pretrain.py\", line" not in done.stderr  # no traceback of ours
+
+
+def test_an_error_of_one_process_ends_all_and_is_printed_once(monkeypatch):
+    counts = Counter()
+
+    def add(key, n):
+        counts[key] += n
+        return counts[key]
+
+    def ends_with(error):
+        def main():
+            raise error
+        with pytest.raises((UserError, RuntimeError, SystemExit)) as raised:
+            distributed.run_together(main)
+        return raised.value
+    monkeypatch.setattr(distributed, "rendezvous", lambda: (SimpleNamespace(add=add), 0, 2))
+    bug, lost, refusal = RuntimeError("bug"), RuntimeError("connection closed"), UserError("disk")
+    assert ends_with(bug) is bug          # nobody refused: a bug keeps its traceback
+    assert ends_with(refusal) is refusal  # the first is printed
+    for error in (lost, UserError("disk")):
+        assert ends_with(error).code == 2 and isinstance(ends_with(error), SystemExit)
 
 
 def test_a_restart_with_overwrite_goes_on_with_its_own_run_alone(place, monkeypatch):
@@ -272,17 +388,17 @@ def test_a_restart_with_overwrite_goes_on_with_its_own_run_alone(place, monkeypa
 
 @pytest.mark.numeric
 def test_muon_in_slices_equals_muon_at_once_and_keeps_to_its_size(monkeypatch):
-    sizes, plain = [], optim.orthogonalize
+    sizes, plain = [], muon.orthogonalize
 
     def note(g, steps=5):
         sizes.append(g.numel())
         return plain(g, steps)
-    monkeypatch.setattr(optim, "orthogonalize", note)
+    monkeypatch.setattr(muon, "orthogonalize", note)
     results = []
     for slice_numel in (2**24, 2 * 32 * 32):
-        monkeypatch.setattr(optim.Muon, "slice_numel", slice_numel)
+        monkeypatch.setattr(muon.Muon, "slice_numel", slice_numel)
         model = make("qwen3")
-        opt = optim.Muon([p for p in model.blocks.parameters() if p.dim() == 2], 0.01, 0.1)
+        opt = muon.Muon([p for p in model.blocks.parameters() if p.dim() == 2], 0.01, 0.1)
         generator = torch.Generator().manual_seed(0)
         for _ in range(2):
             for p in model.parameters():
@@ -321,17 +437,17 @@ class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("n_embd, n_layer", [(32, 8), (64, 2)])
 def test_the_plan_knows_what_a_step_of_muon_holds(n_embd, n_layer, monkeypatch):
-    monkeypatch.setattr(optim.Muon, "slice_numel", 2**14)
+    monkeypatch.setattr(muon.Muon, "slice_numel", 2**14)
     model = make("qwen3", n_embd=n_embd, n_layer=n_layer)
-    opt = optim.Muon([p for p in model.blocks.parameters() if p.dim() == 2], 0.01, 0.1)
+    opt = muon.Muon([p for p in model.blocks.parameters() if p.dim() == 2], 0.01, 0.1)
     for _ in range(2):  # the first makes the momentum, which is planned elsewhere
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         with LiveBytes() as held:
             opt.step()
-    planned = estimate.muon_bytes(model, "muon")
+    planned = estimate.update_bytes(model, "muon")
     assert 0.8 * planned < held.most < 1.05 * planned
-    assert estimate.muon_bytes(model, "adamw") == 0
+    assert estimate.update_bytes(model, "adamw") == 0
 
 
 # ---- speed and time ----
@@ -339,22 +455,62 @@ def test_the_plan_knows_what_a_step_of_muon_holds(n_embd, n_layer, monkeypatch):
 def test_speed_and_time_to_go_are_of_training_alone(place, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(pretrain.time, "perf_counter", lambda: now[0])
-    for owner, name, seconds in ((pretrain.Trainer, "train_step", 2), (GPT, "generate", 50),
+    for owner, name, seconds in ((pretrain.TextData, "batch", 1), (GPT, "generate", 50),
                                  (pretrain.Trainer, "val_loss", 100),
                                  (pretrain, "save_checkpoint", 1000),
-                                 (pretrain, "save_model", 500)):
+                                 (pretrain, "save_model", 500), (pretrain.RunLog, "start", 5000)):
         def slow(*words, plain=getattr(owner, name), seconds=seconds, **more):
             now[0] += seconds
             return plain(*words, **more)
         monkeypatch.setattr(owner, name, slow)
-    # an evaluation and a checkpoint fall into the steps that the first estimate times
-    done = train(place, "--out_dir=out/x", "--eval_interval=3", "--checkpoint_interval=2")
-    assert "measured: 128 tokens/s" in done.stdout and "0:32 to finish" in done.stdout
+    # an evaluation and a checkpoint fall among the micro-batches that the first estimate times
+    done = train(place, "--out_dir=out/x", "--eval_interval=1", "--checkpoint_interval=1")
+    assert "measured: 128 tokens/s" in done.stdout and "0:40 to finish" in done.stdout
     lines = (place / "out/x/log.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     assert {e["tokens_per_second"] for e in entries if "loss" in e} == {128.0}
-    facts = json.loads((place / "out/x/run.json").read_text(encoding="utf-8"))
-    assert facts["tokens_per_second"] == 128.0
+    assert run_json(place / "out/x")["tokens_per_second"] == 128.0
+
+
+def test_a_clock_that_stands_still_divides_nothing_by_zero(place, monkeypatch):
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: 5.0)
+    done = train(place, "--out_dir=out/x", "--max_iters=4")
+    assert "measured: " in done.stdout and run_json(place / "out/x")["finished"] == 4
+
+
+def test_a_dry_run_times_micro_batches_and_makes_no_step(place, monkeypatch):
+    calls, plain = [], pretrain.TextData.batch
+    monkeypatch.setattr(pretrain.TextData, "batch", lambda *words: calls.append(1) or plain(*words))
+    monkeypatch.setattr(pretrain.Trainer, "update", None)
+    done = train(place, "--dry_run", "--gradient_accumulation_steps=1000")
+    assert "to finish" in done.stdout and len(calls) <= 6
+
+
+def test_samples_show_no_control_token(demo, tmp_path, capsys, monkeypatch):
+    cfg, bins = settings(f"--out_dir={tmp_path}", "--sample_start="), Bins("demo", demo / "data")
+    tok = bins.tokenizer
+
+    def generate(self, ids, n, stop_ids, **sampling):
+        asked.append(ids[0].tolist())
+        for i in (*tok.encode("水\x1b[1m\n"), tok.im_start):
+            yield torch.tensor([i])
+            if i in stop_ids:
+                return
+    for data in (pretrain.TextData(bins, cfg), sft.ChatData(
+            Bins("demo_chat", demo / "data"), chat_settings("--sample_start="))):
+        asked = []
+        with monkeypatch.context() as patch:
+            patch.setattr(GPT, "generate", generate)
+            trainer = pretrain.Trainer(cfg, pretrain.init_context(cfg),
+                                       pretrain.make_model(cfg, bins), data, "base", None)
+            trainer.print_samples()
+        lines = capsys.readouterr().out.splitlines()[-2:]
+        assert len(asked) == 2 and all(line.endswith(" > 水[1m") for line in lines)
+        assert "<|" not in "".join(lines)
+        for line, (shown, ids), bins_of in zip(lines, data.prompts(), (data.bins,) * 2):
+            starts, val = bins_of.starts("val"), bins_of.tokens("val")
+            assert any(tok.plain_text(val[a:b]).decode().startswith(shown)
+                       for a, b in itertools.pairwise(starts[:3]))  # a val document begins so
 
 
 def test_tokens_of_dialogues_are_counted_without_padding(demo):
@@ -394,7 +550,6 @@ def test_sampling_in_a_compiled_run_compiles_nothing(demo, tmp_path):
         block.compile(backend="eager")
     data = pretrain.TextData(bins, cfg)
     trainer = pretrain.Trainer(cfg, pretrain.init_context(cfg), model, data, "base", None)
-    trainer.runlog.is_main = False
     stats = torch._dynamo.utils.counters["stats"]
     trainer.train_step()
     prompts, data.prompts = data.prompts, lambda: ()

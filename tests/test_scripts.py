@@ -497,8 +497,11 @@ def test_text_ends_before_the_first_stop_however_it_is_cut(text, stops):
     (("--arch=llama",), "'llama'"), (("--optimizer=sgd",), "sgd"), (("--dtype=int8",), "int8"),
     (("--device=tpu9",), "tpu9"), (("--device=meta",), "device=meta"),
     (("--max_iters=9223372036854775807",), "is not from 1 to"),
-    (("--init_from=no/such",), "no/such"),
-    (("--dropout=1",), "dropout")])
+    (("--init_from=no/such",), "no/such"), (("--init_from=",), "init_from=''"),
+    (("--dataset=",), "dataset=''"), (("--dataset=demo:0.5,demo:0.5",), "demo:0.5"),
+    (("--n_layer=1000000",), "n_layer=1000000"), (("--batch_size=2147483647",), "batch_size="),
+    (("--n_layer=1000", "--n_embd=131072"), "GiB for its weights alone"),
+    (("--keep_steps=1|x",), "keep_steps=1|x"), (("--dropout=1",), "dropout")])
 def test_what_pretrain_cannot_do_is_one_line(words, what, place):
     one_line(run(place, "pretrain.py", *TINY, *words), "pretrain.py: ", what)
     assert not list(place.glob("out/*/*"))

@@ -329,13 +329,13 @@ def test_a_restored_trainer_goes_on_as_if_it_had_never_stopped(optimizer, dtype,
     for step in range(6):
         if step == 3:
             checkpoint = checkpoint_of(whole)
-        whole.take_step()
+        whole.advance()
     again = start()
     again.model.load_state_dict(checkpoint["model"])
     again.restore(checkpoint)
-    assert again.step == again.resumed_at == 3
+    assert again.step == again.saved == 3
     for _ in range(3):
-        again.take_step()
+        again.advance()
     assert torch.equal(torch.stack(again.progress.losses), torch.stack(whole.progress.losses))
     for p, q in zip(again.model.parameters(), whole.model.parameters()):
         assert torch.equal(p, q)
@@ -344,7 +344,7 @@ def test_a_restored_trainer_goes_on_as_if_it_had_never_stopped(optimizer, dtype,
 
 def test_a_restored_trainer_takes_the_rates_and_decay_of_its_own_settings(tmp_path):
     old = make_trainer(tmp_path, GivenData(uneven_batches()), "--optimizer=muon")
-    old.take_step()
+    old.advance()
     words = ["--optimizer=muon", "--learning_rate=0.5", "--min_lr=0.5", "--muon_lr=0.25",
              "--weight_decay=0.125", "--beta2=0.75"]
     new = make_trainer(tmp_path, GivenData(uneven_batches()), *words)
@@ -364,7 +364,7 @@ def test_a_small_model_learns_one_batch_by_heart(arch, optimizer, tmp_path):
                            "--gradient_accumulation_steps=1", f"--optimizer={optimizer}",
                            "--warmup_iters=5", "--min_lr=0.001", "--grad_clip=1", noise=0)
     for _ in range(120):
-        trainer.take_step()
+        trainer.advance()
     first, last = trainer.progress.losses[0].item(), trainer.progress.losses[-1].item()
     assert first == pytest.approx(math.log(128), rel=0.02) and last < 0.1
 

@@ -4,6 +4,8 @@ So a resumed run equals an uninterrupted one, and any number of processes equals
 random state in a checkpoint.
 """
 import math
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,35 +15,23 @@ from common.command_line import UserError
 CYCLE = 1000  # samples in which the weights of a mixture come out exactly
 
 
-def tokens_per_step(cfg):
-    return cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
-
-
-def rows_of_micro_batch(cfg, step, micro):
-    """Return the numbers, in the whole run, of the rows in one global micro-batch."""
-    first = (step * cfg.gradient_accumulation_steps + micro) * cfg.batch_size
-    return range(first, first + cfg.batch_size)
-
-
-def rows_of_step(cfg, step):
-    """Return the numbers, in the whole run, of all rows of a step."""
-    n = cfg.batch_size * cfg.gradient_accumulation_steps
-    return range(step * n, (step + 1) * n)
-
-
 class EpochPermutation:
     """Index i of an infinite stream in which every epoch is a new permutation of n items."""
 
     def __init__(self, n, seed):
-        self.n, self.seed, self.epoch = n, seed, None
+        self.n, self.seed = n, seed
+        self.epoch = lru_cache(maxsize=2)(self.epoch)
+
+    def epoch(self, number):
+        """Return (permutation of n, offset in [0, 1)) of an epoch, random, by (seed, number)."""
+        rng = np.random.default_rng([self.seed, number])
+        offset = rng.random()
+        return rng.permutation(self.n), offset
 
     def at(self, i):
-        """Return (item, offset in [0, 1) of its whole epoch), random, by (seed, i) alone."""
-        if self.epoch != i // self.n:
-            self.epoch = i // self.n
-            rng = np.random.default_rng([self.seed, self.epoch])
-            self.offset, self.order = rng.random(), rng.permutation(self.n)
-        return int(self.order[i % self.n]), self.offset
+        """Return (item, offset of its whole epoch)."""
+        order, offset = self.epoch(i // self.n)
+        return int(order[i % self.n]), offset
 
 
 class MixtureSampler:
@@ -103,6 +93,7 @@ class TextData:
         if bins.kind != "text":
             raise UserError(f"{bins.folder} holds dialogues: those are for sft.py")
         self.bins, self.cfg, self.tokenizer, self.parts = bins, cfg, bins.tokenizer, bins.parts
+        self.rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
         self.train = [part.tokens("train") for part, _ in self.parts]
         self.val = [part.tokens("val") for part, _ in self.parts]
         self.sampler = MixtureSampler([weight for _, weight in self.parts], cfg.seed)
@@ -130,7 +121,8 @@ class TextData:
 
         micro counts the micro-batches of the step over all processes.
         """
-        numbers = rows_of_micro_batch(self.cfg, step, micro)
+        first = step * self.rows_per_step + micro * self.cfg.batch_size
+        numbers = range(first, first + self.cfg.batch_size)
         windows = [self.window(i).astype(np.int64) for i in numbers]
         rows = torch.from_numpy(np.stack(windows))  # (batch_size, block_size + 1)
         return rows[:, :-1], rows[:, 1:], None
@@ -141,22 +133,22 @@ class TextData:
 
     def describe(self, step):
         """Return where the tokens of a step come from, for a message: offsets in train.bin."""
-        rows = rows_of_step(self.cfg, step)
-        starts = [self.locate(i) for i in rows[:8]]
+        first, n = step * self.rows_per_step, self.rows_per_step
+        starts = [self.locate(i) for i in range(first, first + min(8, n))]
         shown = ", ".join(f"{self.parts[k][0].folder.name}[{start}]" for k, start in starts)
-        return f"windows {shown}" + (f" and {len(rows) - 8:,} more" if len(rows) > 8 else "")
+        return f"windows {shown}" + f" and {n - 8:,} more" * (n > 8)
 
     def n_trained(self, step):
         """Return the trained tokens of a whole step."""
-        return tokens_per_step(self.cfg)
+        return self.rows_per_step * self.cfg.block_size
 
     def tokens_read(self, steps):
         """Return the tokens of the first `steps` steps of the run."""
-        return steps * tokens_per_step(self.cfg)
+        return steps * self.rows_per_step * self.cfg.block_size
 
     def epochs(self, steps):
         """Return {name of a set: epochs of it in so many steps}."""
-        rows = steps * self.cfg.gradient_accumulation_steps * self.cfg.batch_size
+        rows = steps * self.rows_per_step
         return {part.folder.name: rows * n / CYCLE / order.n
                 for (part, _), n, order in zip(self.parts, self.sampler.counts, self.orders)}
 
@@ -181,6 +173,10 @@ class TextData:
         return dict(val_loss=loss, bpb=bits / n_bytes, bpc=bits / chars)
 
     def prompts(self):
-        """Return (text, ids) of each prompt for samples during training; it begins a document."""
-        starts = [s for s in self.cfg.sample_start.split("|") if s]
-        return [(s, [self.tokenizer.eot, *self.tokenizer.encode(s)]) for s in starts]
+        """Return (text, ids) of each text to continue during training: those of sample_start, or
+        the first 10 characters of two val documents."""
+        tok, texts = self.tokenizer, [s for s in self.cfg.sample_start.split("|") if s]
+        if not texts:
+            starts = self.parts[0][0].starts("val")[:3]
+            texts = [tok.decode(self.val[0][a:b - 1][:32])[:10] for a, b in pairwise(starts)]
+        return [(s, [tok.eot, *tok.encode(s)]) for s in texts]

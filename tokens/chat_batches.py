@@ -69,10 +69,10 @@ class ChatData:
         rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
         n_rows = len(self.rows["train"])
         self.steps = np.array_split(np.arange(n_rows), -(-n_rows // rows_per_step))
+        self.step_tokens = np.array([self.row_lengths["train"][rows].sum() for rows in self.steps])
         self.order = EpochPermutation(len(self.steps), cfg.seed)
         # n_trained and batch read the same rows of a step
         self.packed_row = lru_cache(maxsize=4096)(self.packed_row)
-        self.epoch_tokens = lru_cache(maxsize=2)(self.epoch_tokens)
 
     def load_split(self, split):
         """Truncate the dialogues of a split, pack them into rows, and sort the rows by length."""
@@ -143,13 +143,8 @@ class ChatData:
     def tokens_read(self, steps):
         """Return the tokens of the first `steps` steps of the run, without padding."""
         epoch, i = divmod(steps, len(self.steps))
-        total = int(self.row_lengths["train"].sum())
-        return epoch * total + (int(self.epoch_tokens(epoch)[i - 1]) if i else 0)
-
-    def epoch_tokens(self, epoch):
-        """Return the tokens read after each step of an epoch, without padding."""
-        steps = range(epoch * len(self.steps), (epoch + 1) * len(self.steps))
-        return np.cumsum([self.row_lengths["train"][self.rows_of_step(s)].sum() for s in steps])
+        read = self.order.epoch(epoch)[0][:i]  # of the last epoch
+        return int(epoch * self.step_tokens.sum() + self.step_tokens[read].sum())
 
     def describe(self, step):
         """Return which rows a step reads, for a message."""
@@ -173,7 +168,11 @@ class ChatData:
         return dict(val_loss=loss)
 
     def prompts(self):
-        """Return (question, ids) of each question asked during training."""
-        tok = self.tokenizer
-        return [(q, tok.encode_chat([dict(role="user", content=q)]) + tok.role_header("assistant"))
-                for q in self.cfg.sample_start.split("|") if q]
+        """Return (question, ids) of each question asked during training: those of sample_start, or
+        the first ones of two val dialogues."""
+        tok, questions = self.tokenizer, [q for q in self.cfg.sample_start.split("|") if q]
+        if questions:
+            return [(q, tok.encode_chat([dict(role="user", content=q)])
+                     + tok.role_header("assistant")) for q in questions]
+        asked = [ids[:tok.loss_mask(ids).argmax()] for ids in self.dialogues["val"][:2]]
+        return [(tok.plain_text(ids).decode(errors="ignore"), ids.tolist()) for ids in asked]

@@ -1,5 +1,4 @@
 """Checkpoints of a run: write them, find the one to resume from, refuse one that does not fit."""
-import json
 import os
 import sys
 import zipfile
@@ -9,18 +8,14 @@ from pathlib import Path
 import torch
 
 from common.command_line import UserError, is_out_of_memory
-from common.files import replace
+from common.files import current_folder, replace
 from gpt import GPT, GPTConfig
-from models.folders import atomic_write
-from training.distributed import all_reduce_max, destroy_process_group
+from models.folders import atomic_write, read_json
 
 SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
 KEYS = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers", "scaler", "data"}
-KEPT = 2  # checkpoints of a run
-# Settings that may differ between two parts of one run: logging, files, device and precision.
-MAY_CHANGE = {"out_dir", "overwrite", "log_interval", "eval_interval", "eval_tokens",
-            "checkpoint_interval", "dry_run", "wandb_log", "wandb_project", "tensorboard",
-            "sample_start", "device", "dtype", "compile", "fsdp"}
+# Settings of which a run without a checkpoint must have the same to be taken for this one.
+SAME_RUN = ("seed", "dataset", "optimizer", "dropout", "weight_decay", "beta1", "beta2", *SHAPE)
 
 
 def checkpoint_files(out_dir):
@@ -29,9 +24,17 @@ def checkpoint_files(out_dir):
     return sorted(files, key=lambda p: -int(p.stem[10:]))
 
 
-def save_checkpoint(out_dir, state):
-    """Write ckpt_step_<step>.pt atomically and keep the newest two."""
-    path = Path(out_dir) / f"ckpt_step_{state['step']}.pt"
+def steps_to_keep(cfg):
+    """Return the set of steps in the setting keep_steps."""
+    steps = [step.strip() for step in cfg.keep_steps.split("|") if step.strip()]
+    if not all(step.isdecimal() and len(step) < 16 for step in steps):
+        raise UserError(f"keep_steps={cfg.keep_steps} is not like 10000|60000")
+    return {int(step) for step in steps}
+
+
+def save_checkpoint(cfg, state):
+    """Write ckpt_step_<step>.pt atomically; remove older ones, as cfg's keep_* settings say."""
+    path = Path(cfg.out_dir) / f"ckpt_step_{state['step']}.pt"
     broken = [name for name, t in state["model"].items() if not t.isfinite().all()]
     if broken:
         raise UserError(f"after step {state['step']} {broken[0]} is not finite: lower "
@@ -42,25 +45,20 @@ def save_checkpoint(out_dir, state):
         f.flush()
         os.fsync(f.fileno())
     replace(part, path)
-    files = checkpoint_files(out_dir)
-    for old in files[files.index(path) + KEPT:]:  # a file with a later step is damaged: not counted
-        old.unlink()
+    files = checkpoint_files(cfg.out_dir)
+    files = files[files.index(path):]  # a file with a later step is damaged: not counted
+    kept = files[:cfg.keep_checkpoints or None]
+    for old in files:
+        if old not in kept and int(old.stem[10:]) not in steps_to_keep(cfg):
+            old.unlink()
 
 
 # ---- resuming ----
 
 def find_checkpoint(cfg, bins, ctx):
     """Return the checkpoint to resume from, or None. The main process chooses it for all ranks."""
-    found = refusal = None
-    if ctx.is_main:
-        try:
-            found = newest_checkpoint(cfg, bins, ctx.launches)
-        except UserError as e:
-            refusal = e
-    if all_reduce_max(refusal is not None, ctx):  # then all ranks end, the main one says why
-        destroy_process_group()
-        raise refusal or SystemExit(2)
-    step = all_reduce_max(found["step"] if found else -1, ctx)
+    found = newest_checkpoint(cfg, bins, ctx.launches) if ctx.is_main else None
+    step = ctx.max(found["step"] if found else -1)
     if step < 0 or ctx.is_main:
         return found
     file = Path(cfg.out_dir) / f"ckpt_step_{step}.pt"
@@ -75,9 +73,9 @@ def newest_checkpoint(cfg, bins, launches):
 
     UserError: the run there is another one, and --overwrite was not given.
     """
-    out = Path(cfg.out_dir)
+    out, run = Path(cfg.out_dir), read_json(Path(cfg.out_dir) / "run.json")
     # torchrun restarts the same command after a crash: --overwrite must not remove its own work
-    restarted = bool(set(launches) & set(read_run(out).get("launches", ())))
+    restarted = bool(launches & set(run.get("launches", ())))
     if not launches:  # torchrun without log files gives its launches no name
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     files = [] if cfg.overwrite and not restarted else checkpoint_files(out)
@@ -96,10 +94,17 @@ def newest_checkpoint(cfg, bins, launches):
         raise UserError(f"{out}: every checkpoint is damaged. Start a new run with --overwrite")
     kept = [name for name in ("final", "best", "log.jsonl", "tensorboard", "wandb")
             if (out / name).exists()]  # a new run would remove these
-    if kept and not cfg.overwrite and ("final" in kept or not is_same_run(out, cfg)):
+    if kept and not cfg.overwrite and ("final" in kept or not is_same_run(run, cfg)):
         raise UserError(f"{out} holds {', '.join(kept)} and no checkpoint to resume from. Choose "
                         "another --out_dir, or add --overwrite")
     return None
+
+
+def is_finished(cfg, step):
+    """Return whether the run in out_dir, whose newest checkpoint is at step, made its final/."""
+    out = Path(cfg.out_dir)
+    return (step >= cfg.max_iters and read_json(out / "run.json").get("finished") == step
+            and (current_folder(out / "final") / "config.json").is_file())
 
 
 def read_checkpoint(file, verify=True):
@@ -158,25 +163,15 @@ def restore_model(cfg, checkpoint):
 
 def comparable(settings):
     """Return the settings that must agree between two parts of one run."""
-    settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-    rows = settings.pop("batch_size") * settings.pop("gradient_accumulation_steps")
-    return settings | {"rows per step": rows,
-                       "init_from": settings["init_from"].replace("scratch", "auto")}
+    rows = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    return {name: settings[name] for name in SAME_RUN if name in settings} | {
+        "rows per step": rows, "init_from": settings["init_from"].replace("scratch", "auto")}
 
 
-def read_run(out_dir):
-    """Return run.json of a run; {} if there is none or it can't be read."""
-    try:
-        run = json.loads((Path(out_dir) / "run.json").read_text(encoding="utf-8"))
-        return run if isinstance(run.get("settings"), dict) else {}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-
-
-def is_same_run(out_dir, cfg):
+def is_same_run(run, cfg):
     """Return whether run.json is of this command, killed before its first checkpoint or its end."""
     try:
-        old = comparable(read_run(out_dir)["settings"])
+        old = comparable(run["settings"])
         # sft.py takes the shape from its base model: its cfg has none
         return all(old[name] == value for name, value in comparable(vars(cfg)).items())
     except (KeyError, TypeError, AttributeError):

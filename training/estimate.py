@@ -2,16 +2,16 @@
 
     python -m training.estimate  # a table of memory and days for three sizes on 1, 8 and 64 H200s
 """
-from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 
-from common.command_line import UserError, is_out_of_memory
-from common.device import PEAK_FLOPS, free_memory, to_device
+from common.command_line import UserError, is_out_of_memory, run_main
+from common.device import PEAK_FLOPS, main_memory, to_device
 from gpt import GPT, GPTConfig
-from training.distributed import Context, all_reduce_max
-from training.optim import Muon
+from training.context import Context
 
 MANY_EPOCHS = 4  # more repetition gains little (Muennighoff et al., arXiv:2305.16264)
 GIB = 2**30
@@ -49,14 +49,12 @@ def logits_bytes(config, tokens, budget, dtype):
     return chunk * per_logit + config.padded_vocab_size * config.n_embd * 4
 
 
-def muon_bytes(model, optimizer):
-    """Return bytes a step of Muon holds for one slice of matrices of one shape: four of their size
-    (directions, their stack, its product, the update) and up to 2.5 Gram matrices."""
+def update_bytes(model, optimizer):
+    """Return bytes that the optimizer's step holds beside its states: AdamW, fused, none."""
     if optimizer != "muon":
         return 0
-    shapes = Counter(p.shape for p in model.blocks.parameters() if p.dim() == 2)
-    return max(4 * min(n, max(1, Muon.slice_numel // shape.numel()))
-               * (4 * shape.numel() + 5 * min(shape) ** 2 // 2) for shape, n in shapes.items())
+    from training.muon import muon_bytes
+    return muon_bytes(model)
 
 
 def memory_plan(model, cfg, ctx):
@@ -72,8 +70,24 @@ def memory_plan(model, cfg, ctx):
     logits = logits_bytes(model.config, tokens, model.logits_budget(), ctx.dtype)
     return {"weights, gradients and optimizer": (weights + gradients + states) / shards,
             "activations": activations, "logits": logits,
-            "Muon's step beyond these": max(0, muon_bytes(model, cfg.optimizer) - activations
+            "Muon's step beyond these": max(0, update_bytes(model, cfg.optimizer) - activations
                                             - logits)}
+
+
+def new_model(**settings):
+    """Return a new GPT; UserError, before it is built, if its weights exceed the main memory."""
+    try:
+        config = GPTConfig(**settings)
+    except ValueError as e:
+        raise UserError(e) from e
+    with torch.device("meta"):
+        outside, block = GPT(replace(config, n_layer=1)).n_params()
+    n, memory = outside + config.n_layer * block, main_memory()
+    if 0 < memory < 4 * n:
+        raise UserError(f"a model of {n / 1e9:,.1f}B parameters needs {4 * n / GIB:,.0f} GiB for "
+                        f"its weights alone, and {memory / GIB:,.0f} GiB of memory are here: lower "
+                        "n_layer or n_embd")
+    return GPT(config)
 
 
 def print_plan(cfg, ctx, model, data, step, kind):
@@ -93,9 +107,6 @@ def print_plan(cfg, ctx, model, data, step, kind):
     memory = memory_plan(model, cfg, ctx)
     parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in memory.items() if n)
     print(f"memory a process: about {sum(memory.values()) / GIB:.2f} GiB ({parts})", flush=True)
-    free = free_memory() if ctx.device.type == "cpu" else 0
-    if free and sum(memory.values()) > free:
-        print(f"only {free / GIB:.2f} GiB of memory are free: lower batch_size")
     for name, n in epochs.items():
         if n > MANY_EPOCHS and kind == "base":
             print(f"{name} will be read {n:.1f} times: after {MANY_EPOCHS} epochs a model gains "
@@ -108,10 +119,7 @@ def fit_micro_batch(cfg, ctx, model, data):
     gradient_accumulation_steps grows by the same factor, so every step still reads the same rows.
     All processes choose alike. A sharded model is not tried: its ranks must run forward together.
     """
-    while not ctx.fsdp:
-        failed = all_reduce_max(not fits(cfg, ctx, model, data), ctx)
-        if not failed:
-            return
+    while not ctx.fsdp and ctx.max(not fits(cfg, ctx, model, data)):
         if cfg.batch_size == 1:
             raise UserError(f"not even one row of block_size={cfg.block_size} fits in the memory "
                             f"of {ctx.device}: lower block_size, n_layer or n_embd")
@@ -125,6 +133,9 @@ def fit_micro_batch(cfg, ctx, model, data):
 
 def fits(cfg, ctx, model, data):
     """Return whether a micro-batch's forward and backward fit beside the optimizer's states."""
+    # a CPU's memory may be promised and then not be there: Linux would kill this process
+    if ctx.device.type == "cpu" and 0 < main_memory() < sum(memory_plan(model, cfg, ctx).values()):
+        return False
     try:
         room = torch.empty(state_bytes(model, cfg.optimizer)[2], dtype=torch.uint8,
                            device=ctx.device)
@@ -133,7 +144,7 @@ def fits(cfg, ctx, model, data):
             loss, _ = model(*batch)
         loss.backward()
         del loss
-        torch.empty(muon_bytes(model, cfg.optimizer), dtype=torch.uint8, device=ctx.device)
+        torch.empty(update_bytes(model, cfg.optimizer), dtype=torch.uint8, device=ctx.device)
         del room
         return True
     except RuntimeError as e:
@@ -146,7 +157,25 @@ def fits(cfg, ctx, model, data):
             torch.cuda.empty_cache()
 
 
-def main(cards=(1, 8, 64), tokens=(10e9, 100e9), mfu=0.4):
+@contextmanager
+def avoidable_errors(cfg, ctx):
+    """Report memory that runs out and a missing compiler as a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if is_out_of_memory(e):
+            raise UserError(
+                f"{ctx.device} is out of memory: halve batch_size={cfg.batch_size} and double "
+                f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}; the same command "
+                "resumes from the last checkpoint") from e
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(f"torch.compile failed ({str(e).splitlines()[0]}): it needs a C "
+                            "compiler (gcc, clang or cl). Install one or leave out --compile"
+                            ) from e
+        raise
+
+
+def main(tokens=(10e9, 100e9), mfu=0.4):
     """Print the table for GPT-2's shapes, 50,304 tokens, context 1,024, bfloat16, assumed MFU."""
     print("| model | GPUs | micro-batch | GiB a GPU | with --fsdp | "
           + " | ".join(f"days for {t / 1e9:.0f}B" for t in tokens) + " |")
@@ -157,10 +186,11 @@ def main(cards=(1, 8, 64), tokens=(10e9, 100e9), mfu=0.4):
             model = GPT(GPTConfig(vocab_size=50_304, block_size=1024, n_layer=n_layer,
                                   n_head=n_head, n_embd=n_embd))
         cfg = SimpleNamespace(batch_size=rows, block_size=1024, optimizer="adamw")
-        for world in cards:
+        for world in (1, 8, 64):
             gib = []
             for fsdp in (False, True):
-                ctx = Context(torch.device("cuda"), torch.bfloat16, 0, world, fsdp)
+                ctx = Context(torch.device("cuda"), torch.bfloat16, fsdp)
+                ctx.world_size = world
                 gib.append(sum(memory_plan(model, cfg, ctx).values()) / GIB)
             seconds = [model.flops_per_token(1024) * t / (world * PEAK_FLOPS["H200"] * mfu)
                        for t in tokens]
@@ -170,4 +200,4 @@ def main(cards=(1, 8, 64), tokens=(10e9, 100e9), mfu=0.4):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, __file__)

@@ -1,85 +1,9 @@
-"""Optimizers (AdamW; Muon for the matrices of the blocks) and the learning-rate schedule."""
+"""The optimizers of a run, their state in a checkpoint, and the learning-rate schedule."""
 import math
 
 import torch
 
-
-def orthogonalize(g, steps=5):
-    """Return about U V^T of each matrix g = U S V^T, (n, rows, columns) float32, by Newton-Schulz.
-
-    Every step multiplies g by a polynomial of g g^T, so all steps work on the smaller of the two
-    Gram matrices, and g is multiplied once, at the end. Coefficients:
-    https://kellerjordan.github.io/posts/muon
-    """
-    tall = g.size(-2) > g.size(-1)
-    x = g.mT if tall else g
-    gram = x @ x.mT
-    norm2 = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] + 1e-14
-    gram, total = gram / norm2, None
-    eye = torch.eye(gram.size(-1), device=g.device)
-    for step in range(steps):
-        p = 3.4445 * eye - 4.7750 * gram + 2.0315 * (gram @ gram)
-        total = p if total is None else p @ total
-        gram = p @ gram @ p if step < steps - 1 else None
-    x = total @ x / norm2.sqrt()
-    return x.mT if tall else x
-
-
-def orthogonalize_all(matrices):
-    """orthogonalize a list of matrices of one shape; of sharded ones (FSDP) each rank computes its
-    share: two all-to-alls exchange rows of all matrices for all rows of some."""
-    if not hasattr(matrices[0], "device_mesh"):
-        return orthogonalize(torch.stack(matrices))
-    from torch.distributed.tensor import DTensor, Shard
-    mesh, shape = matrices[0].device_mesh, (len(matrices), *matrices[0].shape)
-    stride = (shape[1] * shape[2], shape[2], 1)
-    rows = torch.stack([m.to_local() for m in matrices])  # (n, rows / world_size, columns)
-    stack = DTensor.from_local(rows, mesh, [Shard(1)], shape=shape, stride=stride)
-    whole = stack.redistribute(placements=[Shard(0)]).to_local()  # (n / world_size, rows, columns)
-    done = orthogonalize(whole) if len(whole) else whole
-    done = DTensor.from_local(done, mesh, [Shard(0)], shape=shape, stride=stride)
-    return done.redistribute(placements=[Shard(1)]).unbind(0)
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum with an orthogonalized direction, for matrices.
-
-    The update is that of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): as large as AdamW's, so
-    that rates and weight decay compare (arXiv:2502.16982). torch's works matrix by matrix in
-    bfloat16, 25 times slower than this on a CPU without bfloat16 instructions. Here matrices of one
-    shape are multiplied together in float32, slice_numel elements (or one matrix) at a time.
-    """
-    slice_numel = 2**24  # orthogonalize holds up to 6.5 times as many floats
-
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                n = max(1, self.slice_numel // params[0].numel())
-                n *= params[0].device_mesh.size() if hasattr(params[0], "device_mesh") else 1
-                for i in range(0, len(params), n):
-                    self.update(params[i:i + n], group)
-
-    def update(self, params, group):
-        """Update params, matrices of one shape."""
-        directions = []
-        for p in params:
-            state, grad = self.state[p], p.grad.float()
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(grad)
-            state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-            directions.append(grad.lerp(state["momentum_buffer"], group["momentum"]))
-        step_size = group["lr"] * 0.2 * max(params[0].shape) ** 0.5
-        for p, direction in zip(params, orthogonalize_all(directions)):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(direction * step_size)
+STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
 
 def configure_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas):
@@ -89,8 +13,6 @@ def configure_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay,
     Weight decay applies to the blocks' matrices only: not to norms, biases, embeddings and an
     untied head. Each group keeps its peak rate as group["peak_lr"], which the schedule scales.
     """
-    if optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer must be 'adamw' or 'muon', got {optimizer!r}")
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     matrix_ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in matrix_ids]
@@ -100,10 +22,35 @@ def configure_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay,
     fused = model.device.type in ("cuda", "cpu", "mps")
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
     if optimizer == "muon":
+        from training.muon import Muon
         optimizers.append(Muon(matrices, muon_lr, weight_decay))
     for group in (g for opt in optimizers for g in opt.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def load_optimizer_state(optimizer, state, n_steps, ctx):
+    """Load momenta and step counts after n_steps steps from whole tensors.
+
+    The settings of the groups (learning rate, weight decay, betas) stay those of this command.
+    ValueError: a tensor is missing or has another shape.
+    """
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = STATE[type(optimizer).__name__]
+    for i, values in state["state"].items():
+        if values.keys() != names:
+            raise ValueError(f"optimizer state of {', '.join(values)}")
+        for name, value in values.items():
+            if value.shape != (() if name == "step" else params[i].shape):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}")
+            if name == "step" and not 1 <= value <= n_steps:
+                raise ValueError(f"step {value} of an optimizer after {n_steps} steps")
+            # copied, because it may be mapped from the file; AdamW moves its step where it wants
+            values[name] = value.clone() if name == "step" else ctx.place(value, params[i])
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
 
 
 def lr_factor(step, cfg):
@@ -111,5 +58,6 @@ def lr_factor(step, cfg):
     if step < cfg.warmup_iters:
         return (step + 1) / cfg.warmup_iters
     floor = cfg.min_lr / cfg.learning_rate
+    floor = floor if 0 <= floor <= 1 else 0.1  # as the comment on min_lr says
     progress = min(1.0, (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -4,13 +4,13 @@ import time
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from common.command_line import UserError
 from common.device import peak_flops, peak_memory, synchronize
+from training.checkpoint import checkpoint_files
 from training.optim import lr_factor
 
-TIMED_STEPS = 3  # steps timed for the first estimate, after one warm-up step
+TIMED = 2  # micro-batches timed for the first estimate, after one warm-up
 
 
 class Timer:
@@ -21,6 +21,10 @@ class Timer:
 
     def now(self):
         return time.perf_counter() - self.paused_seconds
+
+    def since(self, began):
+        """Return the seconds since began, more than 0 where the clock has stood still."""
+        return max(self.now() - began, 1e-9)
 
     @contextmanager
     def paused(self):
@@ -40,44 +44,41 @@ class Progress:
 
     def start(self, step):
         """Start the clock at a step."""
-        self.first_step = self.last_step = step
-        self.began = self.last_time = self.timer.now()
-        self.data_seconds, self.warm_time = 0.0, self.began
+        self.first = self.last = step, self.timer.now()  # of the run; of the last log
+        self.data_seconds, self.n_micro_batches = 0.0, 0
 
-    def add(self, step, loss, norm):
-        """Take the loss and the gradient norm of the step that led to `step`."""
-        self.losses.append(loss)
-        self.norm = norm
-        if step == self.first_step + 1:  # the first step compiles and allocates: not timed
+    def is_measured(self):
+        """Return whether enough micro-batches were timed for the first estimate."""
+        return self.n_micro_batches > TIMED
+
+    def add_micro_batch(self):
+        """Count a micro-batch; after a few of them print how long training will take."""
+        self.n_micro_batches += 1
+        if self.n_micro_batches == 1:  # it compiles and allocates: not timed
             synchronize(self.ctx.device)
             self.warm_time = self.timer.now()
-        elif step == self.first_step + 1 + TIMED_STEPS:
-            self.print_time(step)
-
-    def speed(self, first_step, began, step):
-        """Return tokens per second from first_step, which began at that time, to step."""
-        tokens = self.data.tokens_read(step) - self.data.tokens_read(first_step)
-        return tokens / max(self.timer.now() - began, 1e-9)
-
-    def mean_speed(self, step):
-        """Return tokens per second since the start."""
-        return self.speed(self.first_step, self.began, step)
-
-    def print_time(self, step):
-        """Print how long the rest will take, without evaluations."""
+        if self.n_micro_batches != TIMED + 1:
+            return
         synchronize(self.ctx.device)
-        seconds = (self.timer.now() - self.warm_time) / TIMED_STEPS
+        first, last, n_ranks = self.first[0], self.cfg.max_iters, self.ctx.world_size
+        n = (last - first) * self.cfg.gradient_accumulation_steps // n_ranks  # micro-batches
+        seconds = self.timer.since(self.warm_time) / TIMED * n
+        tokens = self.data.tokens_read(last) - self.data.tokens_read(first)
         memory = peak_memory(self.ctx.device) / 2**30
-        print(f"measured: {self.speed(self.first_step + 1, self.warm_time, step):,.0f} tokens/s"
-              f"{f', {memory:.2f} GiB a process' * (memory > 0)}; "
-              f"{clock(seconds * (self.cfg.max_iters - step))} to finish", flush=True)
+        print(f"measured: {tokens / seconds:,.0f} tokens/s"
+              f"{f', {memory:.2f} GiB a process' * (memory > 0)}; {clock(seconds)} to finish, "
+              "evaluations not counted", flush=True)
+
+    def speed(self, since, step):
+        """Return tokens per second from since, (a step, its time), to step."""
+        tokens = self.data.tokens_read(step) - self.data.tokens_read(since[0])
+        return tokens / self.timer.since(since[1])
 
     def log(self, step):
         """Log the steps since the last log; here the CPU waits for a GPU."""
         loss, norm = self.mean_loss(step), self.norm.item()
-        seconds = max(self.timer.now() - self.last_time, 1e-9)
-        speed = self.speed(self.last_step, self.last_time, step)
-        left = seconds / (step - self.last_step) * (self.cfg.max_iters - step)
+        speed, seconds = self.speed(self.last, step), self.timer.since(self.last[1])
+        left = seconds / (step - self.last[0]) * (self.cfg.max_iters - step)
         rate = self.cfg.learning_rate * lr_factor(step - 1, self.cfg)
         values = dict(loss=loss, lr=rate, grad_norm=norm, tokens_per_second=round(speed, 1),
                       memory_gib=round(peak_memory(self.ctx.device) / 2**30, 3),
@@ -89,8 +90,7 @@ class Progress:
             values["mfu"] = speed * self.model.flops_per_token(self.cfg.block_size) / peak
             text += f"  mfu {values['mfu']:.1%}"
         self.runlog.log(step, dict(tokens=self.data.tokens_read(step)) | values, text)
-        self.losses, self.last_step, self.last_time = [], step, self.timer.now()
-        self.data_seconds = 0.0
+        self.losses, self.last, self.data_seconds = [], (step, self.timer.now()), 0.0
 
     def mean_loss(self, step):
         """Return the mean loss since the last log, over all ranks.
@@ -99,20 +99,19 @@ class Progress:
         is not finite (float16 skips such a step instead).
         """
         losses = torch.stack(self.losses)
-        if self.ctx.world_size > 1:
-            dist.all_reduce(losses)
-            losses /= self.ctx.world_size
-            self.losses = list(losses)  # a checkpoint keeps the mean of all ranks
+        losses = self.ctx.sum(losses) / self.ctx.world_size
+        self.losses = list(losses)  # a checkpoint keeps the mean of all ranks
         limit = 2 * math.log(self.model.config.padded_vocab_size)
         skips = self.ctx.dtype == torch.float16
         if not losses.mean() < limit or not (skips or self.norm.isfinite()):
             i = next((i for i, x in enumerate(losses.tolist()) if not x < limit), len(losses) - 1)
             bad_step = step - len(losses) + i
+            start = "starts again" if not checkpoint_files(self.runlog.path) else (
+                f"resumes from the last checkpoint in {self.runlog.path}, from before it")
             raise UserError(
                 f"step {bad_step + 1} diverged: loss {losses[i].item():.4g}, gradient norm "
                 f"at step {step} {self.norm.item():.4g}; it read {self.data.describe(bad_step)}. "
-                f"Lower learning_rate or muon_lr; the last checkpoint in {self.runlog.path} is "
-                "from before it")
+                f"Lower learning_rate or muon_lr: the same command then {start}")
         return losses.mean().item()
 
 
