@@ -16,15 +16,12 @@ from sampling.chat import Chat
 # read by gradio at import and at launch, when it requests its own page: not through a proxy
 GRADIO_ENV = dict(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False",
                   no_proxy="127.0.0.1")
-CSS = """.table-wrap {max-height: 30vh} .table-wrap td {overflow-wrap: anywhere}"""
-
-
-def to_chat_message(message):
-    """Return a message of gradio's history, whose content may be a list of parts, as in Chat."""
-    content = message["content"]
-    if not isinstance(content, str):
-        content = "".join(part.get("text", "") for part in content)
-    return dict(role=message["role"], content=content)
+# the question stays on the screen of a phone ("clip", because "hidden" would make it scroll away)
+CSS = """.gr-group:has(#question) {position: sticky; bottom: 0; z-index: 1}
+.gradio-container {overflow: clip !important}
+.table-wrap {max-height: 30vh} .table-wrap td {overflow-wrap: anywhere}"""
+LABELS = {"chatbot.clear": "清空对话", "chatbot.retry": "重试", "chatbot.undo": "撤销"}
+EXAMPLES = ("你好，你是谁？", "春天有什么特点？", "用一句话介绍长江。")
 
 
 def throttle(pieces):
@@ -51,7 +48,9 @@ def answer_function(chat, warn):
             system=system.strip(), temperature=temperature, top_p=top_p,
             max_new_tokens=max_new_tokens))
         request = Chat(chat.model, chat.tok, cfg)
-        request.messages, request.cache = [to_chat_message(m) for m in history], chat.cache
+        request.messages = [dict(role=m["role"], content="".join(p["text"] for p in m["content"]))
+                            for m in history]
+        request.cache = chat.cache
         request.turn = next(turns)  # a new seed, so that the same question gets another answer
         with lock:  # all requests share the cache; a stopped one may still compute its last token
             try:
@@ -93,17 +92,24 @@ def build_page(gr, chat):
         gr.Slider(1, max(1024, cfg.max_new_tokens), cfg.max_new_tokens, step=1,
                   label="回答最长多少词元")]
     page = gr.ChatInterface(
-        answer_function(chat, gr.Warning), title="小语", save_history=True,
-        additional_inputs=settings,
+        answer_function(chat, lambda text: gr.Warning(text, title="没有回答")),
+        title="小语", description=f"模型：`{cfg.model}`",
+        examples=[[question] for question in EXAMPLES], run_examples_on_click=False,
+        validator=lambda question: gr.validate(bool(question.strip()), "先写一个问题"),
+        save_history=True, additional_inputs=settings,
         additional_inputs_accordion=gr.Accordion("设置", open=False, render=False),
         chatbot=gr.Chatbot(label="对话", render_markdown=False, latex_delimiters=[], buttons=[],
-                           height="60vh", scale=1, render=False),
-        textbox=gr.Textbox(placeholder="说点什么……", submit_btn="发送", stop_btn="停止",
-                           autofocus=True, scale=7, render=False),
+                           height="max(40dvh, 100dvh - 354px)", scale=1, render=False),
+        textbox=gr.Textbox(placeholder="说点什么……", label="问题", submit_btn="发送", stop_btn="停止",
+                           autofocus=True, scale=7, render=False, elem_id="question"),
         analytics_enabled=False, api_visibility="private", concurrency_limit=1,
         show_progress="hidden")
-    page.new_chat_button.value, page.new_chat_button.parent.min_width = "新对话", 180
-    page.chat_history_dataset.headers = ["以前的对话"]
+    history, button = page.chat_history_dataset, page.new_chat_button
+    button.value, button.parent.min_width = "新对话", 180
+    history.headers = ["第一个问题"]
+    with page, button.parent, gr.Accordion("以前的对话", open=False):
+        history.unrender()
+        history.render()
     # they are random by default, which would lose the browser's conversations at the next start
     page.saved_conversations.storage_key = page.saved_conversations.secret = "xiaoyu"
     return page
@@ -122,7 +128,8 @@ def serve(chat):
                               font_mono=gr.themes.Font("monospace"))
     try:
         page.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False,
-                    quiet=True, footer_links=[], theme=theme, css=CSS, prevent_thread_lock=True)
+                    quiet=True, footer_links=[], theme=theme, css=CSS, prevent_thread_lock=True,
+                    i18n=gr.I18n(en=LABELS))  # for browsers that are not Chinese
     except (OSError, OverflowError) as e:
         raise UserError(f"port {port} can't be used. Choose another: --port={port + 1}") from e
     print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)

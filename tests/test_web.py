@@ -21,7 +21,8 @@ if not BROWSER or not shutil.which("chromedriver"):
 
 SWITCHES = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
             "disable-background-networking", "disable-component-update", "disable-sync",
-            "disable-dev-shm-usage", "window-size=900,700", "lang=zh-CN", "accept-lang=zh-CN"]
+            "disable-dev-shm-usage", "window-size=900,700",
+            "lang=en-US", "accept-lang=en-US"]  # the page is Chinese in any browser
 NAME = "(e.innerText.split('\\n')[0].trim() || e.title)"  # JavaScript: the name of a button e
 BOT, USER, LISTED = "[data-testid=bot]", "[data-testid=user]", ".table-wrap tbody td"
 # records every length that the answer has; polling through the driver would miss most
@@ -141,6 +142,7 @@ def test_an_answer_is_streamed_and_the_stop_button_ends_it(page):
 def test_a_new_chat_is_empty_and_the_old_one_can_be_reopened(page):
     page.ask("第一个问题")
     page.stop()
+    page.click("以前的对话")
     until(lambda: page.texts(LISTED) == ["第一个问题"])
     answer = page.texts(BOT)
     page.click("新对话")
@@ -155,6 +157,7 @@ def test_markup_in_a_question_is_shown_as_text(page):
     typed = "<b>x</b><script>document.title=1</script> &amp; **你好** $$x$$"
     page.ask(typed)
     page.stop()
+    page.click("以前的对话")
     until(lambda: page.texts(LISTED))
     page.click("新对话")
     until(lambda: not page.texts(USER))
@@ -168,22 +171,46 @@ def test_the_page_is_chinese_and_requests_nothing_from_other_hosts(page, server)
     assert page.box().get_attribute("placeholder") == "说点什么……"
     page.ask("你好")
     page.stop()
-    assert set(page.buttons()) == {"新对话", "发送", "设置", "清空对话", "重试", "撤销"}
+    assert set(page.buttons()) == {"新对话", "以前的对话", "发送", "设置", "清空对话", "重试", "撤销"}
+    assert page.texts("p") == ["模型：out/tiny/final"]
     urls = page.driver.execute_script(
         "return performance.getEntriesByType('resource').map(e => e.name)")
     assert urls and not [u for u in urls if not u.startswith((server.address, "data:"))]
 
 
-def test_a_phone_needs_no_sideways_scrolling(page):
-    phone = dict(width=375, height=700, deviceScaleFactor=1, mobile=True)
+def test_an_example_fills_the_box_and_an_empty_question_is_not_asked(page):
+    examples = page.texts(".example-text")
+    assert len(examples) == 3
+    page.click(examples[1])
+    until(lambda: page.box().get_attribute("value") == examples[1])
+    page.box().clear()
+    page.box().send_keys(" \n")
+    until(lambda: "先写一个问题" in page.texts("main")[0])
+    page.ask("你好")
+    page.stop()
+    page.driver.refresh()  # an empty one would be listed by the key of a translation
+    until(page.ready)
+    page.click("以前的对话")
+    until(lambda: page.texts(LISTED) == ["你好"])
+
+
+def test_a_phone_shows_the_box_and_needs_no_sideways_scrolling(page):
+    phone = dict(width=390, height=844, deviceScaleFactor=1, mobile=True)
+
+    def box_is_on_the_screen():
+        (bottom,) = page.look("#question textarea", "e.getBoundingClientRect().bottom")
+        return bottom < page.driver.execute_script("return innerHeight")
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     try:
+        assert box_is_on_the_screen() and not page.texts(".table-wrap")
         page.ask("很长" * 50)
         page.stop()
+        page.click("以前的对话")
         page.click("设置")
         until(lambda: page.texts(LISTED))
+        assert box_is_on_the_screen()
         assert page.driver.execute_script(
-            "return [innerWidth, document.documentElement.scrollWidth]") == [375, 375]
+            "return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
