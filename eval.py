@@ -37,6 +37,7 @@ dtype = "auto"         # to compute in: float32, bfloat16, float16; auto: as in 
 import re
 from collections import Counter
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 from common.command_line import UserError, run_main  # first: reports Ctrl-C
@@ -45,11 +46,11 @@ import torch
 
 from common.device import choose_device, choose_dtype
 from common.settings import check_ranges, configure
-from corpus.files import UNDECODABLE, Dropped, find_files, read_each, suffix
-from corpus.records import RECORDS
-from corpus.sources import read_text
+from corpus.clean import Rules, clean_document
+from corpus.files import Dropped, find_files
+from corpus.sources import SOURCES
 from evaluation.likelihood import bits_per_byte, choose, standard_error
-from evaluation.questions import PROMPTS, read_questions, title_questions
+from evaluation.questions import PROMPTS, list_reasons, read_questions, title_questions
 from models.folders import RANGES, find_model, load_model
 from sampling.text import continue_texts
 from tokens.bins import Bins, set_folder
@@ -70,12 +71,11 @@ def load(cfg):
         yield model.to(device).eval(), tok
 
 
-def read_documents(bins, split):
-    """Yield (text, ids) of each document of a prepared set; the ids end with <|endoftext|>."""
+def read_texts(bins, split):
+    """Yield the text of each document of a prepared set."""
     tokens, starts = bins.tokens(split), bins.starts(split)
     for first, end in zip(starts, starts[1:]):
-        ids = tokens[first:end]
-        yield bins.tokenizer.plain_text(ids).decode(errors="replace"), ids
+        yield bins.tokenizer.plain_text(tokens[first:end]).decode(errors="replace")
 
 
 def single_argument(arguments, what):
@@ -93,47 +93,45 @@ def print_skipped(reasons):
 
 # ---- bits per byte ----
 
-def texts_to_score(name, tok, dropped):
-    """Yield (text, ids) of each document of a set's val split, or of a file or folder.
+def texts_to_score(name, skipped):
+    """Yield the text of each document of a set's val split, or of a file or folder.
 
-    Files are read as prepare.py text reads them: each record of a .jsonl (.csv ...) file is a
-    document, any other file is one (several, if it has over 4 million characters). dropped, a
-    Counter, gets the reasons of documents that are dropped.
+    Files are read and cleaned as prepare.py text does it: each record of a .jsonl (.csv ...) file
+    is a document, any other file is one (several, if it has over 4 million characters). skipped, a
+    Counter, gets the reasons of documents and lines that are left out.
     """
     if (set_folder(name) / "meta.json").is_file():
         bins = Bins(name)
         if bins.kind != "text":
             raise UserError(f"{bins.folder} holds dialogues; bits per byte are for texts")
-        same_tokenizer = bins.tokenizer.fingerprint == tok.fingerprint
-        for text, ids in read_documents(bins, "val"):
-            yield text, ids if same_tokenizer else [*tok.encode(text), tok.eot]
+        yield from read_texts(bins, "val")
         return
     if not Path(name).exists():
         raise UserError(f"{name} is neither a prepared set under data/ nor a file")
-    endings = (*RECORDS, ".txt", ".md")
-
-    def is_text(file):
-        return suffix(file) in endings
-
-    for place, doc in read_each(find_files([name], is_text, endings), is_text, read_text):
-        if isinstance(doc, Dropped):
-            dropped[f"{doc.reason} ({place}: {doc.details})"] += 1
-        elif UNDECODABLE in doc or not doc:
-            dropped["not text" if doc else "empty"] += 1
+    source, rules = SOURCES["text"], Rules()
+    for place, doc in source.documents(find_files([name], source.wanted, source.endings)):
+        text, reason, trimmed = (("", doc.details or doc.reason, {}) if isinstance(doc, Dropped)
+                                 else clean_document(doc, rules))
+        skipped += trimmed
+        if reason:
+            skipped[f"{place}: {reason}"] += 1
         else:
-            yield doc, [*tok.encode(doc), tok.eot]
+            yield text
 
 
 def bpb(cfg, arguments):
     """Print the bits per byte of one set or file."""
-    name, dropped = single_argument(arguments, "prepared set or text file"), Counter()
+    name, skipped = single_argument(arguments, "prepared set or text file"), Counter()
     with load(cfg) as (model, tok):
         context = model.config.block_size
         if cfg.stride > context:
             raise UserError(f"stride={cfg.stride} is more than the context, {context} tokens")
-        docs = texts_to_score(name, tok, dropped)
-        s = bits_per_byte(model, tok, docs, cfg.stride, cfg.batch_size)
-    print_skipped(dropped)
+        texts = texts_to_score(name, skipped)
+        first = next(texts, "")
+        if not first:
+            raise UserError(f"no text in {name}: {list_reasons(skipped) or 'no document'}")
+        s = bits_per_byte(model, tok, chain([first], texts), cfg.stride, cfg.batch_size)
+    print_skipped(skipped)
     print(f"{name}: {s['documents']:,} documents, {s['tokens']:,} tokens, {s['bytes']:,} bytes, "
           f"{s['characters']:,} characters; context {context:,}, stride {cfg.stride or context:,}\n"
           f"nats per token {s['nats']:.4f}  bits per byte {s['bpb']:.4f}  "
@@ -155,7 +153,7 @@ def choice(cfg, arguments):
 def cloze(cfg, arguments):
     """Print how often the model finds the first sentence of a held-out title among four."""
     bins = Bins(single_argument(arguments or ["demo"], "prepared set"))
-    questions = title_questions((text for text, _ in read_documents(bins, "val")), cfg.seed)
+    questions = title_questions(read_texts(bins, "val"), cfg.seed)
     with load(cfg) as (model, tok):
         subjects = {bins.folder: questions}
         print_accuracy(model, tok, subjects, ("sentences",), [tok.eot], cfg.batch_size)
@@ -172,7 +170,7 @@ def print_accuracy(model, tok, subjects, formats, begin, batch_size):
     for subject, (questions, skipped) in subjects.items():
         columns = [[1 / len(q.options) for q in questions]]
         for name in formats:
-            prompts = map(PROMPTS[name], questions)
+            prompts = [PROMPTS[name](q) for q in questions]
             chosen, n_cut = choose(model, tok, prompts, begin, batch_size)
             columns.append([n == q.answer for n, q in zip(chosen, questions)])
             if n_cut:
@@ -194,7 +192,8 @@ def print_accuracy(model, tok, subjects, formats, begin, batch_size):
 def print_line(name, n_read, results):
     """Print a line of the table; return the mean of each column of results."""
     n, means = len(results), [sum(column) / len(results) for column in zip(*results)]
-    shown = [f"{p:9.2%} ± {standard_error(p, n):6.2%}" for p in means[1:]]
+    errors = [f"{standard_error(p, n):6.2%}" if n > 1 else "     -" for p in means]
+    shown = [f"{p:9.2%} ± {error}" for p, error in zip(means[1:], errors[1:])]
     print(f"{n_read:6,} {n:7,} {means[0]:7.2%}", *shown, f" {name}")
     return means
 
@@ -230,15 +229,10 @@ def overlap(cfg, arguments):
     bins = Bins(single_argument(arguments, "prepared set"))
     with load(cfg) as (model, tok):
         samples = [text for _, text in continue_texts(model, tok, cfg.starts.split("|"), cfg)]
-    n_left, held_out = sum(map(len, samples)), []
-    for text, _ in read_documents(bins, "val"):  # as many characters, to compare with
-        held_out.append(text[:n_left])
-        n_left -= len(held_out[-1])
-        if not n_left:
-            break
+    val = chain.from_iterable(text + "\0" for text in read_texts(bins, "val"))
+    held_out = ["".join(islice(val, sum(map(len, samples))))]  # as many characters, to compare with
     for name, texts in ((f"{len(samples)} samples", samples), ("held-out text", held_out)):
-        docs = (text for text, _ in read_documents(bins, "train"))
-        passage, share, n = overlap_with(docs, texts)
+        passage, share, n = overlap_with(read_texts(bins, "train"), texts)
         print(f"{name}, {sum(map(len, texts)):,} characters: {share:.1%} of {n:,} Han 4-grams "
               f"occur in the train split of {bins.folder}\n  longest passage that occurs there, "
               f"{len(passage):,} characters: {passage!r}")

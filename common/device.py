@@ -27,7 +27,8 @@ def choose_device(name):
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise UserError(f"device={name} can't be used here ({str(e).splitlines()[0]})") from e
+        reason = str(e).splitlines()[0].partition(". ")[0]  # PyTorch adds advice to its developers
+        raise UserError(f"device={name} can't be used here ({reason})") from e
     return device
 
 

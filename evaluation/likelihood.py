@@ -22,20 +22,19 @@ def bar(items, unit, total=None):
 
 # ---- documents ----
 
-def bits_per_byte(model, tok, docs, stride=0, batch_size=8):
-    """Return documents, tokens, bytes, characters, nats (per token), bpb and bpc of docs.
+def bits_per_byte(model, tok, texts, stride=0, batch_size=8):
+    """Return documents, tokens, bytes, characters, nats (per token), bpb and bpc of texts.
 
-    docs: (text, ids) pairs; the ids end with <|endoftext|>. They are concatenated, and a window may
-    hold the end of one and the beginning of the next, as in training. Every token is predicted
-    once, <|endoftext|> included. bpb and bpc divide the sum by the UTF-8 bytes and the characters
-    of the texts. UserError: docs is empty, or the loss is not finite.
+    The ids of each text end with <|endoftext|>. They are concatenated, and a window may hold the
+    end of one text and the beginning of the next, as in training. Every token is predicted once,
+    <|endoftext|> included. bpb and bpc divide the sum by the UTF-8 bytes and the characters
+    of the texts. UserError: the loss is not finite.
     """
     sizes, parts = Counter(), []
-    for text, ids in docs:
-        parts.append(np.asarray(ids))
+    for text in texts:
+        ids = [*tok.encode(text), tok.eot]
+        parts.append(np.array(ids))
         sizes.update(documents=1, tokens=len(ids), bytes=len(text.encode()), characters=len(text))
-    if not parts:
-        raise UserError("it contains no text")
     context, device, nats = model.config.block_size, model.wte.weight.device, 0.0
     stride = stride or context
     batches = windows(np.concatenate(parts), tok.eot, context, stride, batch_size)
@@ -91,21 +90,17 @@ def likelihoods(model, rows, batch_size):
 def choose(model, tok, prompts, begin, batch_size):
     """Return (index of the most likely answer to each prompt, number of prompts that were cut).
 
-    prompts: pairs (prompt, answers). The log-likelihood is divided by the number of characters of
-    the answer, as in lm-eval's acc_norm.
+    prompts: a list of (prompt, answers). The log-likelihood is divided by the number of characters
+    of the answer, as in lm-eval's acc_norm. UserError: the loss is not finite.
     """
-    rows, n_chars, n_cut = [], [], 0
-    for prompt, answers in prompts:
-        new, cut = encode_rows(tok, prompt, answers, begin, model.config.block_size)
-        rows += new
-        n_chars.append([len(answer) for answer in answers])
-        n_cut += cut
-    sums = likelihoods(model, rows, batch_size)
+    context = model.config.block_size
+    encoded = [encode_rows(tok, *prompt, begin, context) for prompt in prompts]
+    sums = likelihoods(model, [row for rows, _ in encoded for row in rows], batch_size)
     if not all(map(math.isfinite, sums)):
         raise UserError("the model's loss is not finite; --dtype=float32 may help")
     sums = iter(sums)
-    means = [[next(sums) / n for n in of_prompt] for of_prompt in n_chars]
-    return [m.index(max(m)) for m in means], n_cut
+    means = [[next(sums) / len(answer) for answer in answers] for _, answers in prompts]
+    return [m.index(max(m)) for m in means], sum(cut for _, cut in encoded)
 
 
 def standard_error(p, n):

@@ -58,28 +58,30 @@ def read_questions(paths, description, names_file=""):
     UserError: a file can't be read, or is not a table of questions.
     """
     names, subjects = read_names(names_file), {}
-    for path in find_files(paths, is_table, RECORDS):
-        before = len(subjects)
-        for where, record in read_each([path], is_table, records):
-            if isinstance(record, Dropped) and record.reason == "unreadable file":
-                raise UserError(f"{where}: {record.details}")
-            file = where.rpartition(":")[0]
-            questions, skipped = subjects.setdefault(file, ([], Counter()))
-            question = record.reason if isinstance(record, Dropped) else question_of(record, where)
-            if isinstance(question, str):
-                skipped[question] += 1
-                continue
-            if description:
-                subject = subject_of(file, names)
-                question.description = description.replace("{subject}", subject) + "\n\n"
-            questions.append(question)
-        if len(subjects) == before:
-            raise UserError(f"{path}: it contains no question")
+    files = find_files(paths, is_table, RECORDS)
+    for where, record in read_each(files, is_table, records):
+        file = where.rpartition(":")[0]
+        questions, skipped = subjects.setdefault(file, ([], Counter()))
+        question = question_of(record, where)
+        if isinstance(question, str):
+            skipped[question] += 1
+            continue
+        if description:
+            subject = subject_of(file, names)
+            question.description = description.replace("{subject}", subject) + "\n\n"
+        questions.append(question)
+    for file in files:  # a .zip holds several subjects
+        if not any(subject.startswith(file) for subject in subjects):
+            raise UserError(f"{file}: it contains no question")
     if not any(questions for questions, _ in subjects.values()):
         reasons = sum((skipped for _, skipped in subjects.values()), Counter())
-        shown = ", ".join(f"{n:,} x {reason}" for reason, n in reasons.items())
-        raise UserError(f"no usable question: {shown}")
+        raise UserError(f"no usable question: {list_reasons(reasons)}")
     return subjects
+
+
+def list_reasons(reasons):
+    """Return a Counter of reasons as text."""
+    return ", ".join(f"{n:,} x {reason}" for reason, n in reasons.items())
 
 
 def is_table(name):
@@ -92,8 +94,8 @@ def read_names(file):
     """
     try:
         table = json.loads(Path(file).read_text(encoding="utf-8-sig")) if file else {}
-        return {k: v if isinstance(v, str) else v[1] for k, v in table.items()}
-    except (ValueError, AttributeError, LookupError, TypeError) as e:
+        return {k: v if isinstance(v, str) else str(v[1]) for k, v in table.items()}
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: not JSON like {{\"law\": \"法学\"}} ({type(e).__name__})") from e
 
 
@@ -107,8 +109,14 @@ def subject_of(file, names):
 
 
 def question_of(record, where):
-    """Return the Question in a row, or the reason (str) to skip it. UserError: columns are missing.
+    """Return the Question in a row, or the reason (str) to skip it.
+
+    UserError: the file can't be read further, or columns are missing.
     """
+    if isinstance(record, Dropped):
+        if record.reason == "unreadable file":
+            raise UserError(f"{where}: {record.details}")
+        return record.reason
     row = record if isinstance(record, dict) else {}
     row = {str(key).strip().lower(): value for key, value in row.items()}
     needed = ("question", "answer", *(["choices"] if "choices" in row else "abcd"))
@@ -122,6 +130,8 @@ def question_of(record, where):
     texts = ["" if t is None else str(t) for t in (row["question"], *options)]
     if not all(t.strip() for t in texts):
         return "a question or option is empty"
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        return "not Unicode text"
     indices = dict(zip(ascii_uppercase, range(len(options))))
     answer = indices.get(str(row["answer"]).strip().upper(), row["answer"])
     if type(answer) is not int or answer not in range(len(options)):
@@ -135,14 +145,10 @@ def title_questions(texts, seed):
     texts: each a title, a blank line and sentences. The options are the text's first sentence and
     those of three other texts, chosen by seed.
     """
-    entries, skipped = [], Counter()
-    for text in texts:
-        title, _, rest = text.partition("\n\n")
-        sentence = re.match("[^。！？\n]+[。！？]", rest.strip())
-        if sentence and title.strip() and "\n" not in title:
-            entries.append((title, sentence[0]))
-        else:
-            skipped["no title followed by a sentence"] += 1
+    title_and_sentence = re.compile(r"([^\n]*\S[^\n]*)\n\n\s*([^。！？\n]+[。！？])")
+    matches = [title_and_sentence.match(text) for text in texts]
+    entries = [match.groups() for match in matches if match]
+    skipped = Counter(["no title followed by a sentence"] * matches.count(None))
     if len(entries) < 4:
         raise UserError(f"{len(entries)} documents have a title followed by a sentence; a question "
                         "needs 4")

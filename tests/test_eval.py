@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, run
+from conftest import ENV, one_line, run, run_process
 from test_scripts import train
 
 import eval as evaluation
@@ -41,7 +41,8 @@ CEVAL = ('id,question,A,B,C,D,answer,explanation\n0,"长江, 流入\n哪里？",
          "1,没有答案？,甲,乙,丙,丁,,\n2,少一项？,甲,乙,,丁,D,\n3,多选？,甲,乙,丙,丁,AB,\n4,短行,甲\n")
 LINES = ('{"question": "天是什么颜色？", "choices": ["红", "蓝"], "answer": 1}\n\nno json\n'
          '{"Question": "草呢？", "A": "绿", "B": "红", "C": "黑", "D": "白", "Answer": "a"}\n'
-         '{"question": "号码太大？", "choices": ["红", "蓝"], "answer": 2}\n')
+         '{"question": "号码太大？", "choices": ["红", "蓝"], "answer": 2}\n'
+         '{"question": "半个字符？", "choices": ["红", "\\ud800"], "answer": 0}\n')
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_bits_per_byte_equal_the_training_log(place, output, monkeypatch):
     monkeypatch.chdir(place)
     model, tok = load_model("out/x/final")
     with torch.no_grad():
-        docs = evaluation.texts_to_score("demo", tok, Counter())
+        docs = evaluation.texts_to_score("demo", Counter())
         scores = bits_per_byte(model.eval(), tok, docs, batch_size=3)
     for ours, theirs in (("nats", "val_loss"), ("bpb", "bpb"), ("bpc", "bpc")):
         assert scores[ours] == pytest.approx(logged[theirs], rel=1e-6)
@@ -105,7 +106,7 @@ def test_every_token_is_predicted_once_with_the_context_its_stride_leaves(n, str
 
 def test_a_set_is_encoded_anew_for_a_model_with_another_tokenizer(place, monkeypatch):
     monkeypatch.chdir(place)
-    texts = [text for text, _ in evaluation.read_documents(Bins("demo"), "val")]
+    texts = list(evaluation.read_texts(Bins("demo"), "val"))
     tok = train_bytebpe(texts, 300)
     model = GPT(GPTConfig(vocab_size=384, block_size=64, n_layer=1, n_head=2, n_embd=16)).eval()
     with open("val.jsonl", "w", encoding="utf-8") as f:
@@ -113,12 +114,24 @@ def test_a_set_is_encoded_anew_for_a_model_with_another_tokenizer(place, monkeyp
         f.write('{"other": 1}\n')
     dropped = Counter()
     with torch.no_grad():
-        one, two = (bits_per_byte(model, tok, evaluation.texts_to_score(name, tok, dropped))
+        one, two = (bits_per_byte(model, tok, evaluation.texts_to_score(name, dropped))
                     for name in ("demo", "val.jsonl"))
     split = Bins("demo").meta["splits"]["val"]
     assert one == two and one["bytes"] == split["bytes"] and one["tokens"] > split["tokens"]
     assert dropped.total() == 1 and "val.jsonl:43" in next(iter(dropped))
     assert one["bpb"] == pytest.approx(one["nats"] / math.log(2) * one["tokens"] / one["bytes"])
+
+
+def test_a_file_is_cleaned_as_prepare_cleans_it(tiny, tmp_path):
+    texts = ["\ud800长江\x1b是一条河。", "水" + " " * 2_000_000 + "火", "\n" * 2_000_000, "\ud83d\ude00"]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "x.jsonl").write_text("".join(lines), encoding="ascii")
+    (tmp_path / "bad.txt").write_bytes("长江是一条很长的河。\n".encode() * 50 + b"\xe9\x95\n")
+    skipped = Counter()
+    docs = list(evaluation.texts_to_score(str(tmp_path), skipped))
+    assert docs == ["\n".join(["长江是一条很长的河。"] * 50), "长江是一条河。", "水" + " " * 100 + "火", "😀"]
+    assert skipped == {"undecodable lines": 1, f"{tmp_path / 'x.jsonl'}:3: empty": 1}
+    assert math.isfinite(bits_per_byte(*tiny, docs)["bpb"])
 
 
 # ---- likelihoods ----
@@ -200,7 +213,8 @@ def test_every_row_is_a_question_or_counted(tmp_path):
     assert (len(law), len(physics), len(sky)) == (1, 2, 2) and not none
     assert no_law == {"the answer is not one of the options": 2, "a question or option is empty": 1,
                       "not CSV": 1}
-    assert no_sky == {"not JSON": 1, "the answer is not one of the options": 1}
+    assert no_sky == {"not JSON": 1, "the answer is not one of the options": 1,
+                      "not Unicode text": 1}
     assert law[0] == Question("长江, 流入\n哪里？", ["东海", "黄海", "南海", "渤海"], 0, "关于法学：\n\n")
     assert letter_prompt(physics[1]) == (
         "关于物理：\n\n一加一等于几？\nA. 一\nB. 二\nC. 三\nD. 四\n答案：", [" A", " B", " C", " D"])
@@ -212,12 +226,13 @@ def test_choice_prints_every_subject_and_both_means(output, tmp_path):
     printed = output("choice", tables(tmp_path), "--model=out/tiny/best")
     rows = [line.split() for line in printed.splitlines() if "±" in line][1:]
     assert [row[:3] for row in rows] == [["5", "1", "25.00%"], ["2", "2", "25.00%"],
-                                         ["4", "2", "37.50%"], ["11", "5", "30.00%"]]
+                                         ["5", "2", "37.50%"], ["12", "5", "30.00%"]]
     assert "skipped 1: not CSV" in printed and "mean of 3 subjects" in printed
+    assert "nan" not in printed and re.search(r"% ± +- .*law_val", printed)  # one question
 
 
 def test_titles_make_questions_whose_options_all_differ(base, output):
-    texts = [text for text, _ in evaluation.read_documents(Bins("demo", base / "data"), "val")]
+    texts = list(evaluation.read_texts(Bins("demo", base / "data"), "val"))
     questions, skipped = title_questions([*texts, "没有标题的文字。"], seed=1)
     assert len(questions) == 42 and skipped.total() == 1
     for q, text in zip(questions, texts):
@@ -246,7 +261,7 @@ def test_overlap_is_the_longest_common_passage():
 
 
 def test_overlap_finds_exactly_a_planted_passage(output, monkeypatch):
-    train_text = [text for text, _ in evaluation.read_documents(Bins("demo"), "train")][100]
+    train_text = list(evaluation.read_texts(Bins("demo"), "train"))[100]
     planted = train_text[5:45]
     monkeypatch.setattr(evaluation, "continue_texts",
                         lambda *words: [("", "壹"), ("", f"㐀{planted}㐀")])
@@ -268,6 +283,7 @@ def test_samples_are_those_of_their_seeds(output):
     (("bpb", "nowhere.txt"), "nowhere.txt is neither a prepared set under data/ nor a file"),
     (("bpb", "demo", "val"), "name one prepared set or text file, not: demo val"),
     (("bpb", "demo", "--stride=999"), "stride=999 is more than the context, 128"),
+    (("bpb", "demo", "--device=xla"), "'XLA' backend)"),
     (("cloze", "nowhere"), "data/nowhere is not prepared"),
     (("overlap", "demo", "--num_samples=0"), "num_samples=0 is not from 1"),
     (("bpb", "demo", "--model=nowhere/x/y"), "nowhere/x/y: no such folder")])
@@ -288,6 +304,8 @@ def test_without_a_model_the_error_names_the_command(place):
     ("a.jsonl", "[1]\n", ("a.jsonl:1: no question", "found: a list, not an object")),
     ("a.csv", "Question,A,B,C,D,Answer\n", ("a.csv: it contains no question",)),
     ("names.json", "[]", ("names.json: not JSON like",)),
+    ("names.json", "[" * 100_000, ("names.json: not JSON like",)),
+    ("names.json", '{"a": ' * 100_000 + "1" + "}" * 100_000, ("names.json: not JSON like",)),
     ("none.csv", None, ("none.csv: no such file",))])
 def test_a_bad_table_is_one_line(name, text, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -299,12 +317,25 @@ def test_a_bad_table_is_one_line(name, text, parts, tmp_path, monkeypatch):
 
 
 def test_a_set_without_texts_or_questions_is_refused(output, tmp_path):
-    tok = Bins("demo").tokenizer
     with pytest.raises(UserError, match="holds dialogues"):
-        next(evaluation.texts_to_score("demo_chat", tok, Counter()))
+        next(evaluation.texts_to_score("demo_chat", Counter()))
     with pytest.raises(UserError, match="0 documents have a title"):
         title_questions(["无"], 1)
     file = tmp_path / "x.jsonl"
     file.write_text('{"question": "问", "choices": ["甲", "乙"], "answer": 9}\n', encoding="utf-8")
     with pytest.raises(UserError, match="no usable question: 1 x the answer is not one"):
         output("choice", file, "--model=out/tiny/best")
+    with pytest.raises(UserError, match="no text in .*x.jsonl: 1 x .*x.jsonl:1: no string under"):
+        output("bpb", file, "--model=out/tiny/best")
+    file.write_text("\n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no text in .*x.jsonl: no document"):
+        output("bpb", file, "--model=out/tiny/best")
+
+
+@pytest.mark.parametrize("words", [("eval.py", "choice", "q.csv"), ("sample.py", "--chat")])
+def test_an_ascii_terminal_gets_no_traceback(words, base, tmp_path):
+    (tmp_path / "q.csv").write_text(CMMLU, encoding="utf-8")
+    done = run_process(tmp_path, *words, f"--model={base / 'out/tiny/best'}", "--max_new_tokens=3",
+                       input="你好\n", env=ENV | {"PYTHONIOENCODING": "ascii"}, encoding="utf-8")
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 0 or "not ascii text" in done.stderr
