@@ -8,7 +8,7 @@
 --model= names any model folder or hub id: ours, or Hugging Face's GPT-2 and Qwen3.
 """
 # ---- model ----
-model = ""             # folder or hub id; "" = the newest base run under out/
+model = ""             # folder, checkpoint or hub id; "" = the newest base run under out/
 block_size = 4096      # context in tokens; the model's own where that is shorter
 batch_size = 8         # rows per forward pass
 # ---- bpb ----

@@ -6,7 +6,7 @@
     python sample.py --web                     # in the browser (pip install gradio)
 """
 # ---- task ----
-model = ""             # folder or hub id; "" = the newest base run under out/; to chat: chat run
+model = ""             # folder, checkpoint or hub id; "" = the newest base or chat run under out/
 start = ""             # text to continue, or FILE:path
 starts = ""            # several texts, "|" between them: each sample takes the next one
 num_samples = 1        # sample i has the seed seed + i
@@ -28,7 +28,7 @@ device = "auto"        # cuda, mps, cpu
 dtype = "auto"         # of the weights: float32, bfloat16, float16; auto: 16 bits on CUDA
 
 import sys
-from pathlib import Path
+from itertools import chain
 
 from common.command_line import UserError, run_main  # first: reports Ctrl-C
 
@@ -36,16 +36,17 @@ import torch
 
 from common.device import choose_device, choose_dtype
 from common.settings import check_range, check_ranges, configure
+from corpus.files import SNIFF_BYTES, UNDECODABLE, decoded
 from models.folders import RANGES, find_model, load_model, read_generation_config
 from sampling.chat import Chat, chat_in_terminal
-from sampling.text import continue_texts, encode_start, generate_text, print_stream
+from sampling.text import continue_texts, encode_start, generate_text, print_stream, printable
 
 NUMBERS = dict(max_new_tokens=(1, 2**40), num_samples=(1, 2**40), seed=(0, 2**62))
 
 
 def load(cfg):
-    """Return the model, ready to generate, and its tokenizer; fill in the settings left at -1."""
-    path = find_model(cfg.model, "chat" if cfg.chat or cfg.web else "base")
+    """Return the model, ready to generate, and its tokenizer; fill in cfg.model and what is -1."""
+    cfg.model = path = find_model(cfg.model, "chat" if cfg.chat or cfg.web else "base")
     model, tok = load_model(path)
     device = choose_device(cfg.device)
     for name, value in read_generation_config(path)[0].items():
@@ -62,21 +63,21 @@ def read_start(start):
     """Return the text of the setting `start`, read from the file in FILE:path."""
     if not start.startswith("FILE:"):
         return start
-    try:
-        return Path(start[5:]).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{start[5:]} is not UTF-8 (byte {e.start})") from e
+    with open(start[5:], "rb", SNIFF_BYTES) as file:
+        text = decoded(file, newline=None).read()
+    if UNDECODABLE in text:
+        raise UserError(f"{start[5:]}: no known encoding; save it as UTF-8")
+    return text
 
 
 def print_samples(model, tok, cfg):
     """Print num_samples continuations; a single one is printed as it is generated."""
     starts = cfg.starts.split("|") if cfg.starts else [read_start(cfg.start)]
     if cfg.num_samples == 1:
-        print(starts[0], end="", flush=True)
         ids = encode_start(tok, starts[0], model.config.block_size)
-        return print_stream(generate_text(model, tok, ids, cfg, cfg.seed))
+        return print_stream(chain(starts[:1], generate_text(model, tok, ids, cfg, cfg.seed)))
     samples = continue_texts(model, tok, starts, cfg)
-    print(f"\n{'-' * 20}\n".join(start + text for start, text in samples))
+    print(printable(f"\n{'-' * 20}\n".join(start + text for start, text in samples)))
 
 
 def main():

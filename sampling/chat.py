@@ -1,20 +1,24 @@
 """A conversation with a model, in the terminal or through a pipe."""
+import difflib
 import json
+import os
+import re
 import sys
-from pathlib import Path
+from contextlib import suppress
 
 from common.command_line import UserError
 from common.files import write_file
 from common.settings import check_range
 from gpt import Cache
 from models.folders import RANGES
-from sampling.text import MAX_TOKEN_CHARS, generate_text, print_stream
+from sampling.text import generate_text, last_part, print_stream, printable
 
 HELP = """/new            start a new conversation
 /system TEXT    set the system message, and start a new conversation
 /temperature X  0 = always the most likely token; higher values vary more
 /save FILE      write the conversation as a line of JSON, as prepare.py chat reads it
 /quit           end; Ctrl-C stops an answer"""
+USAGE = {line[1:].split()[0]: line for line in HELP.splitlines()}  # {command: its line}
 
 
 class Chat:
@@ -55,12 +59,8 @@ class Chat:
         """
         context = self.model.config.block_size
         room = context - min(self.cfg.max_new_tokens, context // 2)
-        history, text = self.messages, question[-context * MAX_TOKEN_CHARS:]
-        while True:
-            messages = [*self.system_messages, *history, dict(role="user", content=text)]
-            ids = self.tok.encode_chat(messages) + self.tok.role_header("assistant")
-            if len(ids) <= room:
-                break
+        history, text = self.messages, last_part(question, context)
+        while len(ids := self.encode(history, text)) > room:
             if history:
                 history = history[2:]
             elif len(text) > 1:
@@ -73,22 +73,39 @@ class Chat:
                   f"{len(text):,} characters are read", file=sys.stderr)
         return ids
 
+    def encode(self, history, question):
+        """Return the ids of the system message, a history and a question, each cut to what may fit
+        the context, and of the answer's header."""
+        messages = [*self.system_messages, *history, dict(role="user", content=question)]
+        context = self.model.config.block_size
+        messages = [m | dict(content=last_part(m["content"], context)) for m in messages]
+        return self.tok.encode_chat(messages) + self.tok.role_header("assistant")
+
+    def save(self, path):
+        """Write the conversation to a new file, as a line of JSON."""
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists already; name another file")
+        messages = self.system_messages + self.messages
+        try:
+            write_file(path, json.dumps(dict(messages=messages), ensure_ascii=False) + "\n")
+        except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+            raise UserError(f"{path!r}: {getattr(e, 'strerror', None) or e}") from e
+
 
 def chat_in_terminal(chat):
     """Answer the lines of the terminal, or of a pipe, until they end."""
     if sys.stdin.isatty():
-        try:
+        with suppress(ImportError):  # Windows' console has its own
             import readline  # arrow keys and history for input()  # noqa: F401
-        except ImportError:
-            pass  # Windows' console has its own
         print("/help lists the commands", file=sys.stderr)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
             if line == "/quit":
                 return
-            if line.startswith("/"):
-                run_command(chat, *line[1:].split(maxsplit=1))
+            reply = line[:1] == "/" and run_command(chat, *line[1:].split(maxsplit=1))
+            if reply:
+                print(printable(reply), file=sys.stderr)
             elif line:
                 print_stream(chat.ask(line))
         except KeyboardInterrupt:  # stops the answer, not the program
@@ -96,30 +113,39 @@ def chat_in_terminal(chat):
         except EOFError:
             return
         except UserError as e:  # a question or system message that does not fit
-            print(f"sample.py: {e}", file=sys.stderr)
+            print(f"sample.py: {printable(str(e))}", file=sys.stderr)
         except UnicodeDecodeError as e:
-            raise UserError(f"the question is not UTF-8 (byte {e.start})") from e
+            raise UserError(f"the question is not {e.encoding} text (byte {e.start}); set the "
+                            "environment variable PYTHONIOENCODING to its encoding") from e
 
 
 def run_command(chat, name="", text=""):
-    """Run the command /name text."""
-    if name == "new":
-        chat.begin(chat.system)
-    elif name == "system":
-        chat.begin(text)
-    elif name == "temperature":
-        try:
-            value = float(text)
+    """Run the command /name text; return the line that says what it did.
+
+    Return None if that is a question which begins with "/". UserError: text is no argument of it.
+    """
+    match name, text:
+        case "" | "help", "":
+            return HELP
+        case "new", "":
+            chat.begin(chat.system)
+            return f"new conversation; system message: {chat.system or 'none'}"
+        case "system", _:
+            chat.begin(text)
+            return f"new conversation; system message: {text or 'none'}"
+        case "temperature", _:
+            try:
+                value = float(text)
+            except ValueError:
+                raise UserError(f"'{text}' is not a number: /temperature 0.8") from None
             check_range(name, value, *RANGES[name])
             chat.cfg.temperature = value
-        except (ValueError, UserError):
-            print(f"'{text}' is not a number from 0 to 1000", file=sys.stderr)
-    elif name == "save" and text:
-        messages = chat.system_messages + chat.messages
-        try:
-            write_file(Path(text), json.dumps(dict(messages=messages), ensure_ascii=False) + "\n")
-            print(f"saved to {text}", file=sys.stderr)
-        except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-            print(f"{text!r}: {getattr(e, 'strerror', None) or e}", file=sys.stderr)
-    else:
-        print(HELP, file=sys.stderr)
+            return f"temperature: {value:g}"
+        case "save", _ if text:
+            path = os.path.expanduser(text)
+            chat.save(path)
+            return f"saved to {path}"
+    near = difflib.get_close_matches(re.match("[a-z]*", name.lower())[0], USAGE, 1, cutoff=0.7)
+    if near or (not text and name.isascii() and name.isalpha()):
+        return f"this is no command. Did you mean:\n{USAGE[near[0]] if near else HELP}"
+    return None

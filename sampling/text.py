@@ -1,5 +1,6 @@
 """Continue texts: generate ids, decode them as they come, end at stop texts."""
 import codecs
+import re
 import sys
 
 import torch
@@ -9,7 +10,12 @@ from models.folders import RANGES
 
 BATCH_SIZE = 16        # samples generated at once
 MAX_TOKEN_CHARS = 16   # no text has more characters per token; the rest is cut before encoding
+MAX_TEXT_CHARS = 2**19  # tiktoken overflows its stack on a million blanks
+# what a terminal obeys: control characters except "\n" and "\t", and changes of direction
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
+
+# ---- generate ----
 
 @torch.inference_mode()  # saves more bookkeeping than generate's no_grad
 def generate_ids(model, tok, ids, cfg, seeds, cache=None):
@@ -30,43 +36,46 @@ def generate_ids(model, tok, ids, cfg, seeds, cache=None):
         raise UserError("the model's logits are not finite; --dtype=float32 may help") from e
 
 
-def decode_stream(pieces, stop_texts=()):
-    """Yield the text of UTF-8 bytes that come in pieces, up to the first of stop_texts.
+def decode_stream(pieces, stop=""):
+    """Yield the text of UTF-8 bytes that come in pieces, up to the first of the stop texts, which
+    `stop` separates by "|".
 
     A token may end inside a character: its bytes are held back until the character is complete.
     Invalid bytes and an incomplete last character are dropped. Text that may be the beginning of
     a stop text is held back, too.
     """
     decoder, text = codecs.getincrementaldecoder("utf-8")("ignore"), ""
+    stops = [s for s in stop.split("|") if s]
     for piece in pieces:
         text += decoder.decode(piece)
-        found = [text.find(stop) for stop in stop_texts if stop in text]
-        if found:
+        if found := [text.find(s) for s in stops if s in text]:
             yield text[:min(found)]
             return
-        n_held = max((n for stop in stop_texts for n in range(1, len(stop))
-                      if text.endswith(stop[:n])), default=0)
+        n_held = max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])),
+                     default=0)
         ready = len(text) - n_held
         yield text[:ready]
         text = text[ready:]
     yield text
 
 
-def stop_texts(cfg):
-    """Return the texts of the setting `stop`."""
-    return [s for s in cfg.stop.split("|") if s]
-
-
 def generate_text(model, tok, ids, cfg, seed, cache=None):
     """Yield the text that continues ids, piece by piece as it is generated."""
     steps = generate_ids(model, tok, ids, cfg, [seed], cache)
-    return decode_stream((tok.decode_bytes([i]) for i, in steps if i >= 0), stop_texts(cfg))
+    return decode_stream((tok.decode_bytes([i]) for i, in steps if i >= 0), cfg.stop)
+
+
+# ---- texts to continue ----
+
+def last_part(text, context):
+    """Return the end of a text that is long enough to fill the context."""
+    return text[-min(context * MAX_TOKEN_CHARS, MAX_TEXT_CHARS):]
 
 
 def encode_start(tok, start, context):
     """Return the ids of a text to continue; warn if it is longer than the context."""
     # every training document follows an <|endoftext|>
-    ids = [tok.eot, *tok.encode(start[-context * MAX_TOKEN_CHARS:])]
+    ids = [tok.eot, *tok.encode(last_part(start, context))]
     if len(ids) > context:
         print(f"sample.py: the start has {len(ids):,} tokens or more, the context holds "
               f"{context:,}: only the last {context // 2:,} are read", file=sys.stderr)
@@ -87,12 +96,20 @@ def continue_texts(model, tok, starts, cfg):
             steps = generate_ids(model, tok, ids, cfg, [cfg.seed + i for i in batch])
             for i, new in zip(batch, zip(*steps)):
                 raw = tok.decode_bytes([t for t in new if t >= 0])
-                samples[i] = start, "".join(decode_stream([raw], stop_texts(cfg)))
+                samples[i] = start, "".join(decode_stream([raw], cfg.stop))
     return samples
+
+
+# ---- the terminal ----
+
+def printable(text):
+    r"""Return the text with control characters as escapes: a model may emit "\x1b[2J", which would
+    clear the terminal."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def print_stream(pieces):
     """Print pieces of text as they come, then a newline."""
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print(flush=True)

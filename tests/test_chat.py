@@ -20,6 +20,8 @@ from common.command_line import UserError
 from common.settings import configure
 from models.folders import load_model
 from models.hf import save_pretrained
+from sampling.chat import HELP, run_command
+from sampling.text import encode_start
 
 torch.set_num_threads(1)
 
@@ -103,12 +105,65 @@ def test_lines_from_a_pipe_are_answered_and_commands_run(base, tmp_path):
     done = succeed(run(base, "sample.py", "--chat", "--model=out/tiny/best", "--max_new_tokens=5",
                        input="\n".join(lines) + "\n"))
     assert len(done.stdout.splitlines()) >= 3
-    for part in ("'x' is not a number", "'nan' is not a number", "saved to", "no/such", "/quit "):
+    for part in ("'x' is not a number", "temperature=nan is not from", "saved to", "no/such",
+                 "/quit ", "temperature: 0", "system message: 你是小语"):
         assert part in done.stderr, done.stderr
     saved = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))
     assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"]
     done = run(base, "sample.py", "--chat", "--model=out/tiny/best", input="好\n".encode("gbk"))
-    one_line(done, "not UTF-8")
+    one_line(done, "not utf-8 text (byte 0)", "PYTHONIOENCODING")
+
+
+def test_a_command_says_what_it_did(chat):
+    assert "你是小语" in run_command(chat, "system", "你是小语") and chat.system == "你是小语"
+    "".join(chat.ask("你好"))
+    assert "你是小语" in run_command(chat, "new") and not chat.messages
+    assert "none" in run_command(chat, "system") and not chat.system_messages
+    assert "1.5" in run_command(chat, "temperature", "1.5") and chat.cfg.temperature == 1.5
+    assert run_command(chat, "help") == run_command(chat) == HELP
+
+
+@pytest.mark.parametrize("line, hint", [
+    ("/etc 是什么目录？", None), ("/etc/passwd", None), ("/tmp 和 /var 有什么不同？", None),
+    ("/1+1=?", None), ("//", None), ("/sistem", "/system TEXT"), ("/sistem 你是小语", "/system TEXT"),
+    ("/system你是小语", "/system TEXT"), ("/Temprature 1", "/temperature X"), ("/save", "/save FILE"),
+    ("/new 你好", "/new "), ("/QUIT", "/quit "), ("/nothing", HELP)])
+def test_a_line_that_is_no_command_is_a_question_or_a_hint(line, hint, chat):
+    reply = run_command(chat, *line[1:].split(maxsplit=1))
+    assert reply is None if hint is None else hint in reply
+    assert not chat.system_messages and chat.cfg.temperature == 0
+
+
+def test_save_replaces_no_file_and_says_why_it_fails(chat, tmp_path, monkeypatch):
+    file = tmp_path / "talk.jsonl"
+    assert str(file) in run_command(chat, "save", str(file))
+    chat.begin("别的")
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="exists already; name another file"):
+        run_command(chat, "save", str(file))
+    assert file.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["talk.jsonl"]
+    with pytest.raises(UserError, match="null byte"):
+        run_command(chat, "save", "a\0b")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    run_command(chat, "save", "~/other.jsonl")
+    assert "别的" in (tmp_path / "other.jsonl").read_text(encoding="utf-8")
+
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("sampling.chat.write_file", refuse)
+    with pytest.raises(UserError, match="new.jsonl.*: Permission denied"):
+        run_command(chat, "save", str(tmp_path / "new.jsonl"))
+
+
+@pytest.mark.parametrize("long", [" ", "\u3000", "\n", "长"])
+def test_two_million_characters_neither_hang_nor_crash(long, chat):
+    chat.begin(f"你是{long * 20}小语")
+    question = f"水{long * 2_000_000}火？"
+    for _ in range(2):  # the second time it stands in the history
+        assert len("".join(chat.ask(question))) < 200
+    assert chat.messages[0]["content"] == question
+    assert len(encode_start(chat.tok, question, 2**20)) > 1  # a model with a long context
 
 
 @pytest.fixture

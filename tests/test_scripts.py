@@ -423,6 +423,7 @@ def test_sampling_takes_the_newest_model_and_repeats_with_its_seed(base):
     assert "out/tiny/best" in first.stderr.replace("\\", "/")
     one, two = first.stdout.split(f"\n{'-' * 20}\n")
     assert f"{one}\n" == run(base, "sample.py", *words).stdout  # a single sample is streamed
+    assert f"{one}\n" == run(base, "sample.py", "--start", "数学是", *words[1:]).stdout
     assert two == run(base, "sample.py", *words[:2], "--seed=4").stdout != one
 
 
@@ -474,11 +475,37 @@ def test_a_stop_text_ends_a_sample(tok, demo, monkeypatch):
     assert done.stdout.split("\n") == ["它是一门学科", "-" * 20, "它是一门学科", ""]
 
 
+def test_control_characters_of_a_model_are_shown_and_not_obeyed(tok, demo, monkeypatch):
+    emitted = "\x1b[2J\x1b]0;x\a\r\b\x00\x7f\x9b1m\u202e\t水\n火👩\u200d🚒"
+    shown = r"\x1b[2J\x1b]0;x\x07\r\x08\x00\x7f\x9b1m\u202e" + "\t水\n火👩\u200d🚒"
+    model = Scripted(byte_ids(tok, emitted.encode()))
+    monkeypatch.setattr(sample, "load", lambda cfg: (model, tok))
+    streamed = run(demo, "sample.py", "--start=\x1b它").stdout
+    assert streamed == rf"\x1b它{shown}" + "\n"
+    samples = run(demo, "sample.py", "--start=它", "--num_samples=2").stdout
+    assert samples == f"它{shown}\n{'-' * 20}\n它{shown}\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk", "utf-16", "utf-16-le"])
+def test_a_start_is_read_in_the_encodings_of_the_corpus(encoding, tmp_path):
+    text = "长江是中国第一大河，全长约六千三百公里。\n它从西向东流。"
+    (tmp_path / "start.txt").write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    assert sample.read_start(f"FILE:{tmp_path / 'start.txt'}") == text
+
+
+def test_a_start_that_cannot_be_read_is_one_line(base, tmp_path):
+    (tmp_path / "bad.bin").write_bytes(bytes(range(256)) * 40)
+    for name, what in (("bad.bin", "no known encoding"), ("no.txt", "No such file"), ("", "")):
+        path = str(tmp_path / name)
+        one_line(run(base, "sample.py", f"--start=FILE:{path}"), path, what)
+
+
+
 @given(st.text("ab停", max_size=12), st.lists(st.text("ab停", min_size=1, max_size=4), max_size=3))
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_text_ends_before_the_first_stop_however_it_is_cut(text, stops):
     raw = text.encode()
-    shown = "".join(decode_stream([raw[i:i + 1] for i in range(len(raw))], stops))
+    shown = "".join(decode_stream([raw[i:i + 1] for i in range(len(raw))], "|".join(stops)))
     ends = [text.find(s, 0) + len(s) for s in stops if s in text]
     first = min(ends, default=0)  # the stop that is complete first
     found = [text.find(s) for s in stops if s in text[:first]]
@@ -562,7 +589,7 @@ def test_a_damaged_model_folder_is_one_line(base, tmp_path):
         (tmp_path / "m" / name).write_text(text, encoding="utf-8")
         one_line(run(tmp_path, "sample.py", "--model=m"), "m")
         shutil.rmtree(tmp_path / "m")
-    one_line(run(base, "sample.py", "--start=FILE:no.txt"), "no.txt")
+    one_line(run(base, "sample.py", "--device=xla"), "device=xla can't be used", "'XLA' backend)")
 
 
 def test_a_model_folder_says_how_it_is_sampled(base, tmp_path):
