@@ -5,8 +5,8 @@
     for next_ids in model.generate(ids, 100): ...      # sampling: (B,) int64 a step
 
 Shapes in the comments: B sequences, T tokens, C = n_embd, H heads, D = head_dim, V rows of the
-embedding. Files in Hugging Face's format are read and written by models/hf.py, optimizers are in
-training/optim.py. This file imports torch and the standard library only.
+embedding. Files in Hugging Face's format are written by models/hf.py and read by models/load.py,
+optimizers are in training/optim.py. This file imports torch and the standard library only.
 """
 import math
 from dataclasses import dataclass, fields

@@ -16,6 +16,7 @@ name = ""            # folder under data/; "" = the names of the sources
 tokenizer = ""       # bytebpe (trained here), qwen, gpt2, a hub id or a path; "" = qwen; for demo
 #                      bytebpe; for chat sources that of the newest base model under out/
 vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, for demo 4,096
+split_rule = ""      # gpt2, cl100k, o200k or qwen, for vocab.json or .tiktoken files of other sizes
 # ---- input ----
 field = ""           # key of the text in .jsonl .json .csv .parquet; "" = text, content, completion
 evidence = False     # put the text that a question is about in front of it (webqa, dureader, SQuAD)
@@ -61,10 +62,11 @@ from corpus.near_duplicates import signature
 from corpus.pool import map_batches
 from corpus.records import RECORDS
 from corpus.sources import SOURCES, WikiPage
-from tokens.bins import SPLITS, BinWriter, check_replaceable, id_dtype
+from tokens.bin_writer import BinWriter, check_replaceable
+from tokens.bins import SPLITS, id_dtype
 from tokens.describe import inspect
 from tokens.splits import Encoded, SplitWriter, named_splits, split_of
-from tokens.tokenizer import load_tokenizer, train_bytebpe
+from tokens.tokenizer_files import load_tokenizer, train_bytebpe
 
 DEMO = Path(__file__).parent / "data" / "raw" / "demo"
 BATCH_CHARS = 500_000          # size of the batches that are sent to the workers
@@ -265,7 +267,7 @@ def prepare(sources, kind, name, tok, cfg):
 def make_tokenizer(wanted, sources, cfg, vocab_size=16384):
     """Return the Tokenizer that the setting names, trained on the sources if it is "bytebpe"."""
     if wanted != "bytebpe":
-        return load_tokenizer(wanted)
+        return load_tokenizer(wanted, cfg.split_rule, lossless=True)
     dropped = Counter()
     batch_iter = batches(sources, cfg, lambda source, reason, *_: dropped.update([reason]))
     settings = worker_settings(cfg, sources)

@@ -66,7 +66,7 @@ import torch
 
 from common.device import to_device
 from common.settings import check_ranges, configure
-from models.folders import SAMPLING, save_model, saved_value
+from models.hf import SAMPLING, save_model, saved_value
 from tokens.batches import TextData
 from tokens.bins import open_sets
 from tokens.demo import prepare_demo
@@ -101,10 +101,9 @@ def make_model(cfg, bins):
             raise UserError(f"block_size={cfg.block_size} is more than {cfg.init_from} was made "
                             f"for ({model.config.block_size})")
         return model
-    vocab_size = bins.tokenizer.vocab_size
+    tok = bins.tokenizer
     return new_model(
-        vocab_size=vocab_size,
-        padded_vocab_size=-(-vocab_size // 128) * 128,  # a multiple of 128 multiplies faster
+        vocab_size=tok.vocab_size, padded_vocab_size=tok.padded_vocab_size,
         dropout=cfg.dropout, **{name: getattr(cfg, name) for name in SHAPE})
 
 

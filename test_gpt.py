@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt import GPT, Cache, GPTConfig, linear_cross_entropy
-from models.hf import from_pretrained, save_pretrained
+from models.hf import save_pretrained
+from models.load import from_pretrained
 from training.optim import configure_optimizers
 
 ROOT = Path(__file__).parent

@@ -339,7 +339,7 @@ def prepare_nanogpt(file, tok):
     import datasets
     import numpy as np
 
-    from tokens.tokenizer import load_tokenizer
+    from tokens.tokenizer_files import load_tokenizer
     tok = load_tokenizer(tok)
     datasets.disable_progress_bars()
     texts = datasets.load_dataset("json", data_files=file, split="train", cache_dir="cache")

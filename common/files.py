@@ -1,4 +1,5 @@
 """Atomic writes and locks: every file and folder appears whole or not at all."""
+import json
 import os
 import shutil
 import sys
@@ -30,6 +31,23 @@ def write_file(path, content):
     """Write str or bytes atomically."""
     with atomic_file(path) as f:
         f.write(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(path):
+    """Return the object in a JSON file; {} if there is none or it can't be read."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+
+
+def exists(path):
+    """Return whether there is such a path; PermissionError if a folder above hides it."""
+    try:
+        return bool(os.stat(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
 
 
 def replace(source, target):

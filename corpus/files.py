@@ -58,6 +58,8 @@ def find_files(paths, wanted, endings=()):
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
         if not os.path.isdir(path):
+            if not os.path.isfile(path):  # a pipe or device might never end
+                raise UserError(f"{path}: not a file")
             found.add(path)
             continue
         for folder, folders, names in os.walk(path, followlinks=True, onerror=_raise):

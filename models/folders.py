@@ -1,49 +1,87 @@
-"""Model folders: find the newest, load one with its tokenizer, write one, its sampling settings."""
+"""Model folders and checkpoints: find the newest, load one with its tokenizer, its settings."""
 import json
-import shutil
-from contextlib import contextmanager
+import math
+import os
+import sys
+import time
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
 
-from common.command_line import UserError
-from common.files import current_folder, replace_folder, write_file
+from common.command_line import UserError, is_out_of_memory
+from common.files import current_folder, exists, read_json
 from common.settings import check_range
-from models.hf import from_pretrained, save_pretrained
-from tokens.tokenizer import load_tokenizer
+from models.hf import SAMPLING, model_of_checkpoint, saved_value
+from models.load import download_model, from_pretrained, shorten_context
+from tokens.bins import open_sets
+from tokens.tokenizer_files import load_tokenizer
 
-# Small models loop, so penalise repetition; less in chats: answers repeat the question's words.
-SAMPLING = {
-    "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
-    "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
 # What generation_config.json leaves out, and the range of each setting.
 DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 RANGES = dict(temperature=(0.0, 1e3), top_k=(0, 2**31), top_p=(1e-6, 1.0), min_p=(0.0, 1.0),
               repetition_penalty=(1e-3, 1e3))
 
 
-def read_json(file):
-    """Return the object in a JSON file; {} if it can't be read."""
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+# ---- finding ----
+
+def run_models(folder):
+    """Return the model folders of a run, best/ before final/."""
+    models = [current_folder(Path(folder) / name) for name in ("best", "final")]
+    return [model for model in models if (model / "config.json").is_file()]
 
 
 def newest_model(kind, root="out"):
-    """Return the folder of the newest base or chat run's model, best/ before final/; or None."""
+    """Return the folder of the newest base or chat run's model, best/ before final/; or None.
+
+    Print which. Newer runs that trained on under 1 % of the tokens of the longest run of this kind
+    are passed over, and named.
+    """
     runs = []
     for file in Path(root).glob("**/run.json"):
-        configs = [current_folder(file.parent / m) / "config.json" for m in ("best", "final")]
-        configs = [config for config in configs if config.is_file()]
-        if configs and read_json(file).get("kind") == kind:
-            runs.append((max(c.stat().st_mtime for c in configs), configs[0].parent))
-    return max(runs)[1] if runs else None
+        run, models = read_json(file), run_models(file.parent)
+        if models and run.get("kind") == kind:
+            saved = max((m / "config.json").stat().st_mtime for m in models)
+            runs.append((saved, models[0].as_posix(), tokens_of(run, models)))
+    longest = max((tokens for *_, tokens in runs if tokens == tokens), default=0)
+    for saved, model, tokens in sorted(runs, reverse=True):
+        if tokens < longest / 100:
+            show(f"passed over {model}, which trained on {tokens:,.0f} tokens, under 1 % of the "
+                 f"longest {kind} run")
+            continue
+        facts = (("step {:,.0f}", saved_value(model, "step")), ("saved {} ago", age(saved)),
+                 ("val loss {:.3f}", saved_value(model, "val_loss")))
+        known = ", ".join(text.format(value) for text, value in facts if value is not None)
+        show(f"newest {kind} model: {model} ({known})")
+        return Path(model)
+    return None
+
+
+def tokens_of(run, models):
+    """Return the tokens that a run's latest model trained on; nan if older files do not tell."""
+    try:
+        sizes = [run["settings"][name] for name in (
+            "batch_size", "gradient_accumulation_steps", "block_size")]
+        return math.prod(sizes) * max(saved_value(model, "step") for model in models)
+    except (KeyError, TypeError):
+        return math.nan
+
+
+def age(moment):
+    """Return the time since a moment, as "5 minutes"."""
+    seconds = max(0, time.time() - moment)
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)):
+        if seconds >= 2 * size or unit == "seconds":
+            return f"{seconds / size:.0f} {unit}"
+
+
+def show(line):
+    """Print a line to stderr, once of several processes: stdout is for generated text."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def find_model(name, kind, setting="model"):
-    """Return name (a folder or hub id) if given, else the newest base or chat model.
+    """Return name (a folder, checkpoint or hub id) if given, else the newest base or chat model.
 
     UserError: there is none; it says to name one with --setting.
     """
@@ -55,42 +93,85 @@ def find_model(name, kind, setting="model"):
     return Path(path).as_posix()
 
 
-def saved_value(folder, name):
-    """Return the number `name` (step, val_loss) in a model folder's config.json, or None."""
-    value = read_json(current_folder(folder) / "config.json").get(name)
-    return float(value) if isinstance(value, (int, float)) else None
+def model_folder(path):
+    """Return the folder of a model that path names; that of a hub id is downloaded or cached."""
+    folder = current_folder(path)
+    if folder.is_dir():
+        models = run_models(folder) or sorted(folder.glob("ckpt_step_*.pt"))
+        if (folder / "config.json").is_file() or not models:
+            return folder
+        names = " or ".join(model.as_posix() for model in models)
+        raise UserError(f"{path} is a run; name its model: {names}")
+    if folder.suffix in (".bin", ".pth"):
+        raise UserError(f"{path} is not read, because a pickle can run code; name a folder with "
+                        "config.json and .safetensors")
+    if exists(folder):
+        raise UserError(f"{path} is not a folder; name the folder of a model")
+    if folder.name in ("best", "final") and (others := run_models(folder.parent)):
+        raise UserError(f"there is no {path}, only {others[0].as_posix()}")
+    name = str(path)
+    if name.count("/") > 1 or "/" in name and folder.parent.is_dir() or not name:
+        raise UserError(f"{folder.absolute()}: no such folder, and {path} is not a hub id like "
+                        "Qwen/Qwen3-0.6B")
+    return download_model(name)
 
 
-# ---- reading ----
+# ---- loading ----
 
 def load_model(path, dropout=0.0, block_size=0, add_chat_tokens=False):
-    """Return (GPT, Tokenizer) of a model folder or hub id; UserError says what is wrong with it.
+    """Return (GPT, Tokenizer) of a model folder, a checkpoint ckpt_step_<step>.pt or a hub id;
+    UserError says what is wrong with it.
 
-    add_chat_tokens: add rows for the control tokens of chats where the vocabulary lacks them.
+    block_size > 0 shortens the context. add_chat_tokens: add rows for the control tokens of chats
+    where the vocabulary lacks them; such a model can't chat otherwise, but continue texts.
     """
-    path = str(current_folder(path)) if Path(f"{path}.replaced").is_dir() else path
-    if (Path(path) / "best" / "config.json").is_file():
-        raise UserError(f"{path} is a run; its models are {path}/best and {path}/final")
-    if Path(path).is_file():
-        raise UserError(f"{path} is a file; name the folder of a model")
-    if not Path(path).exists() and (path.count("/") > 1 or Path(path).parent.is_dir()
-                                    and "/" in path):
-        raise UserError(f"{Path(path).absolute()}: no such folder, and {path} is not a hub id like "
-                        "Qwen/Qwen3-0.6B")
     try:
-        model = from_pretrained(path, dropout, block_size)
+        if is_checkpoint(path):
+            model, tok = load_checkpoint(current_folder(path), dropout)
+        else:
+            folder = model_folder(path)
+            model, tok = from_pretrained(folder, dropout), load_tokenizer(folder)
     except (OSError, ValueError, RuntimeError, OverflowError, TypeError, KeyError) as e:
-        hint = "" if Path(path).exists() else (
+        if is_out_of_memory(e):
+            raise
+        hint = "" if exists(path) else (
             ". No such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"{path} can't be loaded: {reason}{hint}") from e
-    tok = load_tokenizer(path)
+    shorten_context(model, block_size)
     rows = model.config.padded_vocab_size
     if add_chat_tokens and tok.vocab_size > rows:
-        model.grow_vocab(tok.vocab_size, -(-tok.vocab_size // 128) * 128)
-    elif tok.vocab_size > rows:
+        model.grow_vocab(tok.vocab_size, tok.padded_vocab_size)
+    elif rows < tok.vocab_size - 2 or rows <= tok.eot:  # without the two control tokens of chats
         raise UserError(f"{path}: its tokenizer has {tok.vocab_size} ids, its model {rows} rows")
-    model.config.vocab_size = tok.vocab_size
+    model.config.vocab_size = min(tok.vocab_size, model.config.padded_vocab_size)
+    return model, tok
+
+
+def is_checkpoint(path):
+    """Return whether path names a training checkpoint."""
+    return Path(path).suffix == ".pt"
+
+
+def load_checkpoint(file, dropout=0.0):
+    """Return (GPT, Tokenizer) of a training checkpoint. The tokenizer is that of the models beside
+    it, else that of its prepared set."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such checkpoint")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        model, dataset = model_of_checkpoint(checkpoint, dropout), checkpoint["cfg"]["dataset"]
+    except Exception as e:  # a damaged file raises almost anything
+        if is_out_of_memory(e) or isinstance(e, PermissionError):
+            raise
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"{file} is damaged or no checkpoint of pretrain.py or sft.py "
+                        f"({type(e).__name__}: {reason})") from e
+    models, want = run_models(file.parent), read_json(file.parent / "run.json").get("tokenizer")
+    tok = load_tokenizer(models[0]) if models else open_sets(dataset).tokenizer
+    if want not in (None, tok.fingerprint):
+        raise UserError(f"{file} was made with another tokenizer than {dataset} has now. Prepare "
+                        "the set again as it was, or name a model folder")
     return model, tok
 
 
@@ -107,8 +188,12 @@ def load_base_model(path, bins, dropout, block_size=0):
 def read_generation_config(path):
     """Return (sampling settings, ids that end a text) of a loaded model folder or hub id.
 
-    They are read from its generation_config.json; a missing setting has its value in DEFAULTS.
+    They are read from its generation_config.json; a missing setting has its value in DEFAULTS. A
+    checkpoint has those that its run would write.
     """
+    if is_checkpoint(path):
+        kind = read_json(current_folder(path).parent / "run.json").get("kind")
+        return DEFAULTS | SAMPLING["chat" if kind == "chat" else "base"], []
     file = current_folder(path) / "generation_config.json"
     if not file.parent.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -127,35 +212,3 @@ def read_generation_config(path):
     for name, value in settings.items():
         check_range(name, value, *RANGES[name], f"{file}: ")
     return settings, eos
-
-
-# ---- writing ----
-
-def save_model(folder, model, weights, tok, kind, values):
-    """Write best/ or final/ atomically: what transformers, vLLM and sample.py load.
-
-    weights: the full state dict. values: step and scores, kept in config.json.
-    """
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
-    ids = dict(bos_token_id=tok.eot, pad_token_id=tok.eot,
-               eos_token_id=[tok.im_end, tok.eot] if kind == "chat" else tok.eot)
-    generation = ids | dict(do_sample=True) | SAMPLING[kind]
-    with atomic_write(part):
-        save_pretrained(model, part, weights, **ids, **values)
-        tok.save(part, chat=kind == "chat")
-        write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
-        replace_folder(part, folder)
-
-
-@contextmanager
-def atomic_write(part):
-    """Remove the file or folder `part` if writing it fails, and report that as a UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-        reason = str(e).splitlines()[0]
-        question = "" if isinstance(e, PermissionError) else " Is the disk full?"
-        raise UserError(f"{part} can't be written ({reason}).{question} The same command resumes "
-                        "from the checkpoint before, where there is one") from e

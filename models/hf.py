@@ -1,125 +1,41 @@
-"""Hugging Face's format: names of tensors and settings, and model folders read and written.
+"""Models in Hugging Face's format: names of tensors and settings; write a model folder.
 
     save_pretrained(model, "out/x/final")        # transformers, vLLM and llama.cpp load the folder
-    model = from_pretrained("out/x/final")       # ours, or a GPT-2 or Qwen3 model of the hub
+
+models/load.py reads such folders.
 """
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from common.command_line import UserError
+from common.files import current_folder, read_json, replace_folder, write_file
 from gpt import GPT, GPTConfig
 
+# Small models loop, so penalise repetition; less in chats: answers repeat the question's words.
+SAMPLING = {
+    "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
+    "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
 
-def save_pretrained(model, folder, state=None, dtype=torch.float32, **extra):
-    """Write config.json (with the keys of extra) and model.safetensors.
-
-    state: the full state dict, where model holds only a shard of it (FSDP).
-    """
-    from safetensors.torch import save_file
-    folder, state, tensors = Path(folder), state or model.state_dict(), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, ours in hf_names(model.config):
-        tensor = hf_tensor(state, ours).to(dtype)
-        tensors[name] = (tensor.T if is_conv1d(name) else tensor).contiguous().cpu()
-    config = hf_config(model.config) | {"dtype": str(dtype).removeprefix("torch.")} | extra
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file makes it 0600
-
-
-def hf_tensor(state, names):
-    """Return our tensors of these names as one; a missing bias is zero, since transformers' GPT-2
-    always has biases."""
-    return torch.cat([state[name] if name in state else
-                      torch.zeros(len(state[name.replace(".bias", ".weight")])) for name in names])
-
-
-def from_pretrained(path, dropout=0.0, block_size=0):
-    """Read a model folder or hub id of GPT-2 or Qwen3 architecture, as float32 on the CPU.
-
-    block_size > 0 shortens the context. ValueError: another architecture, a feature that gpt.py
-    does not compute, tensors missing, extra or misshapen. OSError: no such file, no network.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        patterns = ["config.json", "generation_config.json", "*.safetensors"]
-        folder = Path(snapshot_download(str(path), allow_patterns=patterns))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json, so not a model folder")
-    try:
-        config = read_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{folder / 'config.json'}: {e}") from e
-    tensors = read_safetensors(folder)
-    config.dropout = dropout
-    if config.n_layer > len(tensors):
-        raise ValueError(f"{folder}: {len(tensors)} tensors for {config.n_layer} layers")
-    with torch.device("meta"):  # allocate nothing before names and shapes are checked
-        model = GPT(config)
-    load_hf_tensors(model, tensors, folder)
-    if 0 < block_size < config.block_size:
-        config.block_size = block_size
-        if model.wpe is not None:
-            model.wpe.weight = nn.Parameter(model.wpe.weight[:block_size].clone())
-    return model
-
-
-def read_safetensors(folder):
-    """Return {name: tensor} of all .safetensors files in a folder."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            new = load_file(file)
-        except SafetensorError as e:
-            raise ValueError(f"{file}: damaged ({e})") from e
-        if new.keys() & tensors.keys():
-            raise ValueError(f"{file}: {min(new.keys() & tensors.keys())} stands in another "
-                             ".safetensors file too")
-        tensors |= new
-    return tensors
-
-
-@torch.no_grad()
-def load_hf_tensors(model, tensors, source):
-    """Give a model on the meta device the tensors of a transformers state dict."""
-    if model.config.arch == "gpt2":  # the hub's oldest files lack the prefix and hold mask buffers
-        tensors = {f"transformer.{k.removeprefix('transformer.')}": t for k, t in tensors.items()
-                   if not k.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}
-    elif model.config.tie:
-        tensors = {k: t for k, t in tensors.items() if k != "lm_head.weight"}
-    table = dict(hf_names(model.config))
-    missing, extra = (sorted(a - b) for a, b in ((table.keys(), tensors.keys()),
-                                                 (tensors.keys(), table.keys())))
-    if missing or extra:
-        raise ValueError(f"{source}: missing tensors {missing[:3] or 'none'} ({len(missing)}), "
-                         f"unknown tensors {extra[:3] or 'none'} ({len(extra)})")
-    shapes, copies = {name: t.shape for name, t in model.state_dict().items()}, []
-    for name, ours in table.items():
-        tensor = tensors[name].T if is_conv1d(name) else tensors[name]
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{source}: {name} is of type {tensor.dtype}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{source}: {name} holds values that are not finite")
-        if not all(our in shapes for our in ours):  # a model trained without biases saved zeros
-            if tensor.any():
-                raise ValueError(f"{source}: {name} is not zero, config.json says no bias")
-            continue
-        rows = [shapes[our][0] for our in ours]
-        want = (sum(rows), *shapes[ours[0]][1:])
-        if tensor.shape != want:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, "
-                             f"config.json says {want}")
-        copies += zip(ours, tensor.split(rows))
-    model.to_empty(device="cpu")
-    state = model.state_dict()
-    for name, part in copies:
-        state[name].copy_(part)
+# {arch, which is also its model_type: {our name of a setting: theirs}}
+HF_NAMES = {
+    "gpt2": dict(n_embd="n_embd", n_layer="n_layer", n_head="n_head", n_inner="n_inner",
+                 block_size="n_positions", norm_eps="layer_norm_epsilon", bias="bias",
+                 activation="activation_function"),
+    "qwen3": dict(n_embd="hidden_size", n_inner="intermediate_size", n_layer="num_hidden_layers",
+                  n_head="num_attention_heads", n_kv_head="num_key_value_heads",
+                  head_dim="head_dim", block_size="max_position_embeddings",
+                  norm_eps="rms_norm_eps", rope_theta="rope_theta", tie="tie_word_embeddings")}
+# Settings of theirs that gpt.py computes with one value only.
+HF_FIXED = {
+    "gpt2": dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                 add_cross_attention=False, tie_word_embeddings=True),
+    "qwen3": dict(hidden_act="silu", attention_bias=False, use_sliding_window=False)}
 
 
 # ---- names ----
@@ -159,54 +75,85 @@ def is_conv1d(name):
 def hf_config(c):
     """Return config.json of a GPTConfig. vocab_size is the rows of the embedding, as transformers
     has it; transformers ignores our own keys unpadded_vocab_size and bias."""
-    common = dict(vocab_size=c.padded_vocab_size, unpadded_vocab_size=c.vocab_size,
-                  tie_word_embeddings=c.tie)
+    config = dict(vocab_size=c.padded_vocab_size, unpadded_vocab_size=c.vocab_size,
+                  model_type=c.arch, **HF_FIXED[c.arch])
+    config |= {theirs: getattr(c, ours) for ours, theirs in HF_NAMES[c.arch].items()}
     if c.arch == "qwen3":
-        return common | dict(
-            architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=c.n_embd,
-            intermediate_size=c.n_inner, num_hidden_layers=c.n_layer, head_dim=c.head_dim,
-            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, hidden_act="silu",
-            max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, attention_bias=False,
-            attention_dropout=0.0, use_sliding_window=False, rope_theta=c.rope_theta,
+        return config | dict(
+            architectures=["Qwen3ForCausalLM"], attention_dropout=0.0,
             rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta))
-    return common | dict(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, n_inner=c.n_inner, n_positions=c.block_size, n_ctx=c.block_size,
-        activation_function=c.activation, layer_norm_epsilon=c.norm_eps, bias=c.bias,
-        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)
+    return config | dict(architectures=["GPT2LMHeadModel"], n_ctx=c.block_size,
+                         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)
 
 
-def read_hf_config(h):
-    """Return the GPTConfig of a config.json (a dict); ValueError for what gpt.py does not compute.
+# ---- writing ----
+
+def save_model(folder, model, weights, tok, kind, values):
+    """Write best/ or final/ atomically: what transformers, vLLM and sample.py load.
+
+    weights: the full state dict. values: step and scores, kept in config.json.
     """
-    kind, rows = h.get("model_type"), h.get("vocab_size")
-    vocab = dict(padded_vocab_size=rows,  # n_ids: our older folders
-                 vocab_size=h.get("unpadded_vocab_size", h.get("n_ids", 0)) or rows)
-    if kind == "qwen3":
-        ropes = [h[key] for key in ("rope_parameters", "rope_scaling") if h.get(key)]
-        rope = ropes[0] if ropes else {}
-        needs = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
-        for r in ropes:
-            if r.get("rope_type", r.get("type", "default")) != "default":
-                raise ValueError(f"RoPE scaling {r} is not supported")
-        config = GPTConfig(
-            arch="qwen3", n_embd=h["hidden_size"], n_inner=h["intermediate_size"],
-            n_layer=h["num_hidden_layers"], n_head=h["num_attention_heads"],
-            n_kv_head=h["num_key_value_heads"], head_dim=h.get("head_dim", 128),
-            block_size=h["max_position_embeddings"], norm_eps=h["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta", h.get("rope_theta", 10000.0))),
-            tie=h.get("tie_word_embeddings", False), **vocab)
-    elif kind == "gpt2":
-        needs = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                 "add_cross_attention": False, "tie_word_embeddings": True}
-        config = GPTConfig(
-            arch="gpt2", n_embd=h["n_embd"], n_layer=h["n_layer"], n_head=h["n_head"],
-            n_inner=h.get("n_inner") or 0, norm_eps=h.get("layer_norm_epsilon", 1e-5),
-            block_size=h.get("n_positions", h.get("n_ctx", 1024)), bias=h.get("bias", True),
-            activation=h.get("activation_function", "gelu_new"), **vocab)
-    else:
-        raise ValueError(f"model_type is {kind!r}; supported are 'gpt2' and 'qwen3'")
-    for key, need in needs.items():
-        if h.get(key, need) != need:
-            raise ValueError(f"{key}={h[key]!r} is not supported, only {need!r} is")
-    return config
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
+    ids = dict(bos_token_id=tok.eot, pad_token_id=tok.eot,
+               eos_token_id=[tok.im_end, tok.eot] if kind == "chat" else tok.eot)
+    generation = ids | dict(do_sample=True) | SAMPLING[kind]
+    with atomic_write(part):
+        save_pretrained(model, part, weights, **ids, **values)
+        tok.save(part, chat=kind == "chat")
+        write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
+        replace_folder(part, folder)
+
+
+def save_pretrained(model, folder, state=None, dtype=torch.float32, **extra):
+    """Write config.json (with the keys of extra) and model.safetensors.
+
+    state: the full state dict, where model holds only a shard of it (FSDP).
+    """
+    folder, state, tensors = Path(folder), state or model.state_dict(), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, ours in hf_names(model.config):
+        tensor = hf_tensor(state, ours).to(dtype)
+        tensors[name] = (tensor.T if is_conv1d(name) else tensor).contiguous().cpu()
+    config = hf_config(model.config) | {"dtype": str(dtype).removeprefix("torch.")} | extra
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file makes it 0600
+
+
+def hf_tensor(state, names):
+    """Return our tensors of these names as one; a missing bias is zero, since transformers' GPT-2
+    always has biases."""
+    return torch.cat([state[name] if name in state else
+                      torch.zeros(len(state[name.replace(".bias", ".weight")])) for name in names])
+
+
+@contextmanager
+def atomic_write(part):
+    """Remove the file or folder `part` if writing it fails, and report that as a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        reason = str(e).splitlines()[0]
+        question = "" if isinstance(e, PermissionError) else " Is the disk full?"
+        raise UserError(f"{part} can't be written ({reason}).{question} The same command resumes "
+                        "from the checkpoint before, where there is one") from e
+
+
+# ---- what a run saved ----
+
+def saved_value(folder, name):
+    """Return the number `name` (step, val_loss) in a model folder's config.json, or None."""
+    value = read_json(current_folder(folder) / "config.json").get(name)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def model_of_checkpoint(checkpoint, dropout=0.0):
+    """Return the GPT of a training checkpoint (a dict)."""
+    config = checkpoint["model_config"] | dict(dropout=dropout)
+    if "n_ids" in config:  # our older checkpoints
+        config |= dict(padded_vocab_size=config["vocab_size"], vocab_size=config.pop("n_ids"))
+    model = GPT(GPTConfig(**config))
+    model.load_state_dict(checkpoint["model"])
+    return model

@@ -22,8 +22,9 @@ except ImportError:
 
 from common.command_line import UserError, run_main
 from common.device import DTYPES
+from common.files import atomic_file
 from common.settings import configure
-from models.folders import load_model, read_generation_config
+from models.folders import is_checkpoint, load_model, read_generation_config
 from models.hf import hf_names, hf_tensor
 from tokens.tokenizer import CHAT_TEMPLATE, QWEN_REGEX
 
@@ -33,6 +34,8 @@ SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": 
 
 def write_gguf(folder, file, dtype="float16"):
     """Convert a model folder or hub id to file; UserError: llama.cpp can't compute such a model."""
+    if is_checkpoint(folder):
+        raise UserError(f"{folder} is a checkpoint; name best/ or final/ of its run")
     model, tok = load_model(Path(folder).as_posix())
     if model.config.activation == "gelu" and model.config.arch == "gpt2":
         raise UserError(f"{folder} uses the exact GELU; llama.cpp has only the tanh approximation")
@@ -40,21 +43,13 @@ def write_gguf(folder, file, dtype="float16"):
         raise UserError(f"{folder}: llama.cpp does not know its tokenizer's splitting rule")
     if Path(file).exists() and not Path(file).is_file():
         raise UserError(f"{file} exists and is not a file")
-    part = Path(f"{file}.part")
-    writer = gguf.GGUFWriter(part, model.config.arch)
-    add_shape(writer, model.config)
-    add_tokenizer(writer, tok, *read_generation_config(folder))
-    add_tensors(writer, model, tok.vocab_size, DTYPES[dtype])
-    try:
-        with closing(writer):
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(file) as f, closing(gguf.GGUFWriter(f.name, model.config.arch)) as writer:
+        add_shape(writer, model.config)
+        add_tokenizer(writer, tok, *read_generation_config(folder))
+        add_tensors(writer, model, tok.vocab_size, DTYPES[dtype])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def add_shape(writer, c):

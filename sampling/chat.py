@@ -26,6 +26,8 @@ class Chat:
 
     def __init__(self, model, tok, cfg):
         self.model, self.tok, self.cfg = model, tok, cfg
+        if tok.vocab_size > model.config.padded_vocab_size:
+            raise UserError("this base model has no chat tokens; sft.py makes a chat model of it")
         self.cache = Cache(len(model.blocks), model.config.block_size)
         self.begin(cfg.system)
 

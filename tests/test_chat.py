@@ -212,7 +212,9 @@ def test_a_base_without_chat_tokens_grows_them_and_keeps_its_logits(base, place)
     ids = torch.randint(4094, (1, 20))
     with torch.no_grad():
         torch.testing.assert_close(model(ids)[..., :4094], theirs(ids).logits, rtol=0, atol=1e-4)
-    one_line(run(place, "sample.py", "--model=theirs"), "its tokenizer has 4096 ids, its model")
+    one_line(run(place, "sample.py", "--model=theirs", "--chat"), "has no chat tokens")
+    words = ("--model=theirs", "--start=长", "--max_new_tokens=30")
+    assert len(succeed(run(place, "sample.py", *words)).stdout) > 20
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

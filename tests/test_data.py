@@ -1,10 +1,14 @@
 """Tokenizers, prepare.py, prepared sets on disk."""
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
+import os
 import shutil
+import socket
 import tempfile
+from base64 import b64encode
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,10 +19,13 @@ from hypothesis import strategies as st
 
 from common import files
 from common.command_line import UserError
+from common.hub import from_hub
 from corpus.clean import clean
-from tokens import bins
-from tokens.bins import SPLITS, Bins, BinWriter
-from tokens.tokenizer import IM_END, IM_START, Tokenizer, load_tokenizer, train_bytebpe
+from tokens import bin_writer, tokenizer_files
+from tokens.bin_writer import BinWriter
+from tokens.bins import SPLITS, VERIFIED, Bins
+from tokens.tokenizer import IM_END, IM_START, SPLIT_RULES, Tokenizer, split_rule
+from tokens.tokenizer_files import load_tokenizer, train_bytebpe
 
 QWEN = SHARED / "tokenizers"
 needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="no ../shared/tokenizers here")
@@ -91,14 +98,152 @@ def test_gpt2s_own_form_goes_through_tiktoken_and_equals_tokenizers(small, tmp_p
     check_equal_to_transformers(Tokenizer(spec), tmp_path, HOSTILE)
 
 
-def test_vocab_and_merges_files_make_a_tokenizer(small, tmp_path):
-    model = small.spec["model"]
+def write_vocab(folder, tok, names=("vocab.json", "merges.txt"), **config):
+    """Write a tokenizer's vocabulary and merges, with <pad> and <s> between its first ids."""
+    model = tok.spec["model"]
+    vocab = {text: i + 2 * (i >= 256) for text, i in model["vocab"].items()}
     merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
-    tok = load_tokenizer(str(tmp_path))
-    assert tok.fingerprint == small.fingerprint
-    assert all(tok.encode(t) == small.encode(t) for t in HOSTILE)
+    for name, text in zip(names, (json.dumps(vocab | {"<pad>": 256, "<s>": 257}),
+                                  "#version: 0.2\n" + "\n".join(merges))):
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def write_ranks(file, tok):
+    """Write a tokenizer's tokens without the special ones as a .tiktoken file."""
+    ids = tok.spec["model"]["vocab"].values()
+    file.write_bytes(b"".join(b"%b %d\n" % (b64encode(tok.token_bytes[i]), i) for i in sorted(ids)))
+
+
+@pytest.mark.parametrize("kind, rule", [("GPT2Tokenizer", "gpt2"), ("Qwen2Tokenizer", "qwen")])
+def test_the_class_of_a_vocabulary_gives_its_splitting_rule(kind, rule, small, tmp_path):
+    import transformers
+    write_vocab(tmp_path, small, tokenizer_class=kind)
+    tok = load_tokenizer(tmp_path)
+    assert tok.fast and tok.specials["<pad>"] == 256 and tok.specials["<s>"] == 257
+    assert tok.spec["pre_tokenizer"]["pretokenizers"][0] == split_rule(SPLIT_RULES[rule])
+    files = [str(tmp_path / name) for name in ("vocab.json", "merges.txt")]
+    theirs = getattr(transformers, kind)(*files, split_special_tokens=True)
+    for text in [*HOSTILE, *demo_texts()]:
+        assert tok.encode(text) == theirs.encode(text, add_special_tokens=False), repr(text[:80])
+
+
+def test_the_number_of_tokens_gives_the_splitting_rule(small, tmp_path, monkeypatch):
+    write_vocab(tmp_path, small, ("encoder.json", "vocab.bpe"))
+    write_ranks(tmp_path / "x.tiktoken", small)
+    for name in ("", "encoder.json", "vocab.bpe", "x.tiktoken"):
+        with pytest.raises(UserError, match="--split_rule=gpt2 or cl100k or o200k or qwen"):
+            load_tokenizer(tmp_path / name)
+    monkeypatch.setitem(tokenizer_files.SIZES, 1021, ("cl100k", 1030))
+    named, known, ranks = (load_tokenizer(tmp_path / name, rule) for name, rule in (
+        ("", "cl100k"), ("vocab.bpe", ""), ("x.tiktoken", "")))
+    assert named.fingerprint == known.fingerprint and (ranks.eot, ranks.im_start) == (1030, 1031)
+    for text in [*HOSTILE, "12345678 四千９９９９年"]:
+        assert known.decode(known.encode(text)) == ranks.decode(ranks.encode(text)) == text
+        assert [i + 2 * (i >= 256) for i in ranks.encode(text)] == known.encode(text)
+    assert known.spec["pre_tokenizer"]["pretokenizers"][0] == split_rule(SPLIT_RULES["cl100k"])
+
+
+def test_a_changed_tiktoken_file_is_read_anew(small, tmp_path):
+    write_ranks(tmp_path / "x.tiktoken", small)
+    load_tokenizer(tmp_path / "x.tiktoken", "qwen")
+    write_ranks(tmp_path / "x.tiktoken", shared_tokenizer())
+    tok = load_tokenizer(tmp_path / "x.tiktoken", "qwen")
+    assert tok.fingerprint == shared_tokenizer().fingerprint
+
+
+TIKTOKENS_OWN = dict(  # tiktoken_ext/openai_public.py
+    gpt2=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    cl100k=r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++"
+           r"[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    o200k="|".join([
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]))
+
+
+@pytest.mark.parametrize("rule", TIKTOKENS_OWN)
+@given(st.text(st.sampled_from("Aaé的 12３.'sS\n\r\t/\u0301\u00a0ǅ")))
+@settings(max_examples=300, deadline=None)
+def test_our_splitting_rules_split_as_tiktokens_own_do(rule, text):
+    import regex
+    from tokenizers import Regex, pre_tokenizers
+    text += "."  # tiktoken's rules differ from the published tokenizer.json at blanks at the end
+    want = regex.findall(TIKTOKENS_OWN[rule], text)
+    assert regex.findall(SPLIT_RULES[rule], text) == want
+    split = pre_tokenizers.Split(Regex(SPLIT_RULES[rule]), "isolated")
+    assert [piece for piece, _ in split.pre_tokenize_str(text)] == want
+
+
+def changed(tok, **values):
+    """Return the content of a tokenizer.json like tok's but for some values."""
+    return json.loads(json.dumps(tok.spec | values))
+
+
+@pytest.mark.parametrize("kind", ["Lowercase", "NFKC", "StripAccents"])
+def test_a_tokenizer_that_changes_text_is_refused_for_a_set(kind, small, tmp_path):
+    spec = changed(small, normalizer={"type": kind} if kind != "StripAccents" else {
+        "type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": kind}]})
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    one_line(run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={file}"), "is not lossless")
+    assert load_tokenizer(file).encode("数学")  # a model that has it can be tried
+    file.write_text(json.dumps(changed(small, normalizer={"type": "NFC"})), encoding="utf-8")
+    assert load_tokenizer(file, lossless=True).encode("数学") == small.encode("数学")
+
+
+def test_a_wordpiece_tokenizer_is_refused_for_a_set(tmp_path):
+    from tokenizers import BertWordPieceTokenizer
+    words = sorted({c for text in demo_texts() for c in text if not c.isspace()})
+    tok = BertWordPieceTokenizer(
+        {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])},
+        lowercase=False)
+    tok.save(str(tmp_path / "tokenizer.json"))
+    one_line(run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={tmp_path}", "--name=x"),
+             f"tokenizer {tmp_path} is not lossless", "Use a byte-level one")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_panic_of_tokenizers_is_one_line(tmp_path, capfd):
+    model = dict(type="BPE", vocab={"a": 0, "b": 1, "ab": 2}, merges=["a b"],
+                 continuing_subword_prefix="##")
+    spec = dict(version="1.0", model=model, added_tokens=[], normalizer=None, pre_tokenizer=None,
+                post_processor=None, decoder=None)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    done = run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={tmp_path}")
+    one_line(done, "tokenizer.json: not a tokenizer file (PanicException: ")
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    one_line(run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={tmp_path}/x.json"),
+             "x.json is neither a file nor a folder")
+    one_line(run(tmp_path, "prepare.py", "text", tmp_path / "x.json"), "x.json: not a file")
+
+
+def test_without_an_answer_from_the_hub_only_the_cache_is_asked(monkeypatch):
+    from huggingface_hub import constants
+    calls = []
+
+    def download(*names, local_files_only):
+        calls.append(local_files_only)
+        raise ValueError("is not there")
+    for offline, url, seconds, problem in (
+            (True, "http://x", "9", "HF_HUB_OFFLINE is set"),
+            (False, "http://127.0.0.1:9", "9", "127.0.0.1:9: "),
+            (False, "silent", "0.1", "no answer from .* within 0.1 s")):
+        with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts, and never answers
+            silent = f"http://127.0.0.1:{server.getsockname()[1]}"
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+            monkeypatch.setattr(constants, "ENDPOINT", silent if url == "silent" else url)
+            monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", seconds)
+            with pytest.raises(OSError, match=problem):
+                from_hub(download, "a/b")
+    assert calls == [True] * 3
 
 
 def test_another_form_goes_through_tokenizers_and_says_so(small, capsys):
@@ -159,10 +304,21 @@ def test_only_answers_and_their_ends_are_trained(small):
 
 def test_a_damaged_tokenizer_file_is_one_line(tmp_path):
     for text in ("", "{}", "[1]", '{"model": {"vocab": {}}}',
-                 '{"model": {"type": "BPE", "vocab": 3}}'):
+                 '{"model": {"type": "BPE", "vocab": 3}}',
+                 '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}}}',
+                 '{"model": {"type": "BPE", "vocab": {"a": 4000000000}}}'):
         (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match="tokenizer.json"):
             load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("name, content, what", [
+    *[("x.tiktoken", content, "x.tiktoken: not a token") for content in (b"", b"!!!! 1", b"a b c")],
+    ("vocab.json", b"{", "vocab.json: not a token"), ("vocab.json", b"{}", "merges.txt: No such")])
+def test_damaged_files_of_other_forms_are_one_line(name, content, what, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        load_tokenizer(tmp_path / name, "qwen")
 
 
 # ---- prepare.py ----
@@ -324,6 +480,51 @@ def test_a_set_that_does_not_match_its_meta_is_refused(damage, what, demo, tmp_p
         Bins("demo", tmp_path)
 
 
+@pytest.mark.parametrize("file", ["train.bin", "val.bin", "train.idx"])
+def test_a_set_whose_bytes_have_changed_is_refused(file, demo, tmp_path):
+    folder = shutil.copytree(demo / "data" / "demo", tmp_path / "demo")
+    for _ in range(2):  # also after it was opened once
+        whole = (folder / file).read_bytes()
+        (folder / file).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+        with pytest.raises(UserError, match=f"{file} has changed: its sha256"):
+            Bins("demo", tmp_path)
+        (folder / file).write_bytes(whole)
+        assert Bins("demo", tmp_path).fingerprint() == Bins("demo", demo / "data").fingerprint()
+
+
+def test_checksums_are_compared_once_and_anew_where_nothing_can_be_written(
+        demo, tmp_path, monkeypatch):
+    shutil.copytree(demo / "data" / "demo", tmp_path / "demo")
+    (tmp_path / "demo" / VERIFIED).unlink(missing_ok=True)
+    compared, plain = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: compared.append(1) or plain(*args))
+    Bins("demo", tmp_path), Bins("demo", tmp_path)
+    assert len(compared) == 4
+    (tmp_path / "demo" / VERIFIED).unlink()
+    (tmp_path / "demo" / f"{VERIFIED}.part").mkdir()  # as a disk that can't be written
+    Bins("demo", tmp_path), Bins("demo", tmp_path)
+    assert len(compared) == 12
+
+
+def test_an_id_past_the_vocabulary_is_one_line(demo, tmp_path):
+    folder = shutil.copytree(demo / "data" / "demo", tmp_path / "demo")
+    tokens = np.fromfile(folder / "val.bin", "<u2")
+    tokens[7] = 60_000
+    tokens.tofile(folder / "val.bin")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta["splits"]["val"]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    with pytest.raises(UserError, match="val.bin has the id 60,000 in a vocabulary of 4,096"):
+        Bins("demo", tmp_path)
+
+
+def test_inspecting_a_tokenizer_says_how_to_use_it(tmp_path):
+    (tmp_path / "data" / "tok").mkdir(parents=True)
+    shared_tokenizer().save(tmp_path / "data" / "tok")
+    one_line(run(tmp_path, "prepare.py", "inspect", "data/tok"), "is a tokenizer, not a prepared",
+             "--tokenizer=")
+
+
 def test_ids_that_do_not_fit_the_set_are_refused(tmp_path):
     with BinWriter(tmp_path / "x", 100) as out, pytest.raises(ValueError, match="id 100"):
         out.add("train", [1, 100])
@@ -376,12 +577,12 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_set(old, tmp_pa
         moments = iter([""] * moment + ["killed"])
         with pytest.raises(Killed) if old or moment < 12 else nullcontext():
             write_set(folder / "x", new)
+        moments = iter(())
         if old or (folder / "x").exists():
             assert read_set(folder) in (old, new)
         else:
             with pytest.raises(UserError, match="not prepared"):
                 read_set(folder)
-        moments = iter(())
         write_set(folder / "x", new)
         assert read_set(folder) == new
         assert {p.name for p in folder.iterdir()} == {"x", ".x.lock"}  # write_set never exits
@@ -414,14 +615,14 @@ def test_cleaning_twice_changes_nothing(text):
 
 
 def test_a_second_writer_is_refused_until_the_set_is_in_place(demo, tmp_path, monkeypatch):
-    tok, refused, plain = Bins("demo", demo / "data").tokenizer, [], bins.replace_folder
+    tok, refused, plain = Bins("demo", demo / "data").tokenizer, [], bin_writer.replace_folder
 
     def replace_folder(part, folder):
         with pytest.raises(UserError, match="is being prepared by another process"):
             BinWriter(tmp_path / "x", tok.vocab_size)
         refused.append(1)
         plain(part, folder)
-    monkeypatch.setattr(bins, "replace_folder", replace_folder)
+    monkeypatch.setattr(bin_writer, "replace_folder", replace_folder)
     with BinWriter(tmp_path / "x", tok.vocab_size) as out:
         for split in ("train", "val"):
             out.add(split, [1, tok.eot])

@@ -14,7 +14,7 @@ from corpus.chats import dialogues, read_chat
 from corpus.clean import Rules, clean_document
 from corpus.files import Dropped
 from tokens.bins import Bins
-from tokens.tokenizer import train_bytebpe
+from tokens.tokenizer_files import train_bytebpe
 
 Q, A, Q2, A2 = "天为什么蓝？", "因为散射。", "傍晚呢？", "会变红。"
 PAIR = [("user", Q), ("assistant", A)]

@@ -20,7 +20,7 @@ import pretrain
 from common import device
 from common.command_line import is_out_of_memory
 from gpt import GPT, GPTConfig
-from models.hf import from_pretrained
+from models.load import from_pretrained
 from tokens.bins import Bins
 from training import distributed, estimate
 from training.checkpoint import checkpoint_files

@@ -32,7 +32,7 @@ from evaluation.questions import (
 from gpt import GPT, GPTConfig
 from models.folders import load_model
 from tokens.bins import Bins
-from tokens.tokenizer import train_bytebpe
+from tokens.tokenizer_files import train_bytebpe
 
 pytestmark = pytest.mark.numeric
 torch.set_num_threads(1)

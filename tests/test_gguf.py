@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from common.command_line import UserError
 from gpt import GPT, GPTConfig
 from models import to_gguf
-from models.folders import load_model, save_model
+from models.folders import load_model
+from models.hf import save_model
 from models.to_gguf import write_gguf
-from tokens.tokenizer import load_tokenizer
+from tokens.tokenizer_files import load_tokenizer
 
 pytest.importorskip("gguf")
 llama = pytest.importorskip("xllamacpp")
@@ -178,6 +179,7 @@ def test_errors_are_one_line_and_leave_no_file(own, tmp_path, monkeypatch):
     file, shape = tmp_path / "x.gguf", dict(arch="gpt2", n_head=1)
     fails(["a"], "name a model and a file")
     fails([tmp_path / "none", file], "no such folder")
+    fails([tmp_path / "x.pt", file], "is a checkpoint")
     folder = random_folder(tmp_path, own, activation="gelu", **shape)
     fails([folder, file], "tanh")
     (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")

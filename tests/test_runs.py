@@ -20,8 +20,8 @@ from common import cpu, device, files
 from common.command_line import UserError, run_main
 from common.settings import configure
 from gpt import GPT, Cache, GPTConfig, linear_cross_entropy
-from models import folders
-from models.hf import from_pretrained
+from models import hf
+from models.load import from_pretrained
 from test_gpt import make, random_ids
 from tokens.bins import Bins
 from training import checkpoint, distributed, estimate, muon, trackers
@@ -601,7 +601,7 @@ def test_windows_locks_and_waits_for_a_reader(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="does another program have it open"):
         files.replace(tmp_path / "b", tmp_path / "c")
     assert sum(slept) < 3
-    with pytest.raises(UserError) as error, folders.atomic_write(tmp_path / "b"):
+    with pytest.raises(UserError) as error, hf.atomic_write(tmp_path / "b"):
         files.replace(tmp_path / "b", tmp_path / "c")
     assert "another program" in str(error.value) and "disk full" not in str(error.value)
 

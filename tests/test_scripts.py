@@ -22,7 +22,7 @@ from common.command_line import UserError
 from common.device import choose_dtype
 from common.settings import configure
 from gpt import GPT, GPTConfig
-from models.hf import from_pretrained
+from models.load import from_pretrained
 from sampling.text import decode_stream
 from tokens.batches import CYCLE, MixtureSampler, TextData
 from tokens.bins import Bins, open_sets

@@ -11,9 +11,10 @@ from conftest import ENV
 from servers import free_port, running
 
 from gpt import GPT, GPTConfig
-from models.folders import SAMPLING, save_model
-from models.hf import from_pretrained
-from tokens.tokenizer import IM_END, IM_START, load_tokenizer, train_bytebpe
+from models.hf import SAMPLING, save_model
+from models.load import from_pretrained
+from tokens.tokenizer import IM_END, IM_START
+from tokens.tokenizer_files import load_tokenizer, train_bytebpe
 from training.optim import configure_optimizers
 
 pytest.importorskip("fastapi")

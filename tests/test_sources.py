@@ -30,7 +30,7 @@ from corpus.files import Dropped, encoding_of
 from corpus.records import json_lines, json_values
 from corpus.sources import SOURCES, WikiPage
 from tokens.bins import SPLITS, Bins
-from tokens.tokenizer import load_tokenizer, train_bytebpe
+from tokens.tokenizer_files import load_tokenizer, train_bytebpe
 
 SAMPLES = SHARED / "samples"
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -18,7 +18,8 @@ import sft
 from common.command_line import UserError
 from common.settings import configure
 from gpt import GPT, GPTConfig
-from models.hf import from_pretrained, save_pretrained
+from models.hf import save_pretrained
+from models.load import from_pretrained
 from tokens.batches import TextData
 from tokens.bins import Bins
 from training.checkpoint import checkpoint_files, restore_model

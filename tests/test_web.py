@@ -10,8 +10,8 @@ import torch
 from conftest import ENV, ROOT, one_line, run
 
 from gpt import GPT, GPTConfig
-from models.folders import save_model
-from tokens.tokenizer import train_bytebpe
+from models.hf import save_model
+from tokens.tokenizer_files import train_bytebpe
 
 pytest.importorskip("gradio")
 webdriver = pytest.importorskip("selenium.webdriver")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 def main():
     import prepare
     from corpus.clean import Rules, clean_document
-    from tokens.tokenizer import load_tokenizer
+    from tokens.tokenizer_files import load_tokenizer
     with lzma.open(SHARED / "corpora" / "zh_val.jsonl.xz", "rt", encoding="utf-8") as lines:
         texts = [clean_document(json.loads(line)["text"], Rules())[0] for line in lines]
     chars, body = sum(map(len, texts)), 12 * N_LAYER * N_EMBD**2

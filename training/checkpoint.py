@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from common.command_line import UserError, is_out_of_memory
-from common.files import current_folder, replace
-from gpt import GPT, GPTConfig
-from models.folders import atomic_write, read_json
+from common.files import current_folder, read_json, replace
+from models.hf import atomic_write, model_of_checkpoint
 
 SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
 KEYS = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers", "scaler", "data"}
@@ -153,12 +152,7 @@ def check_resumable(cfg, bins, checkpoint, file):
 @incompatible_as_user_error()
 def restore_model(cfg, checkpoint):
     """Return the checkpoint's model, with this command's dropout."""
-    config = checkpoint["model_config"] | dict(dropout=cfg.dropout)
-    if "n_ids" in config:  # our older checkpoints
-        config |= dict(padded_vocab_size=config["vocab_size"], vocab_size=config.pop("n_ids"))
-    model = GPT(GPTConfig(**config))
-    model.load_state_dict(checkpoint["model"])
-    return model
+    return model_of_checkpoint(checkpoint, cfg.dropout)
 
 
 def comparable(settings):
