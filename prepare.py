@@ -7,8 +7,9 @@
     python prepare.py inspect NAME                # describe data/NAME
 
 The set is written to data/<name>/. Without PATH a source reads data/raw/<source>/. Files may be
-.gz .bz2 .xz .zip, in UTF-8, UTF-16 or GB18030. Files named train, dev, test and the like keep their
-splits. The set is the same, byte for byte, for any number of workers and any order of paths.
+.gz .bz2 .xz .zip .tar, in UTF-8, UTF-16, GB18030 or Big5. Files named train, dev, test and the
+like keep their splits. The set is the same, byte for byte, for any number of workers and any order
+of paths.
 """
 # ---- output ----
 name = ""            # folder under data/; "" = the names of the sources
@@ -19,6 +20,7 @@ vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, for demo 4,096
 split_rule = ""      # gpt2, cl100k, o200k or qwen, for vocab.json or .tiktoken files of other sizes
 # ---- input ----
 field = ""           # key of the text in .jsonl .json .csv .parquet; "" = text, content, completion
+lines = False        # each line of a .txt is a document
 evidence = False     # put the text that a question is about in front of it (webqa, dureader, SQuAD)
 chosen = False       # read the chosen answers of preference pairs (DPO); else they are dropped
 sample = 1.0         # share of the documents to use, chosen by their hash
@@ -75,7 +77,7 @@ WIKI_FOLDERS = ("wiki_zh_2019", "wiki_zh", "wiki_zh*.zip", "[A-Z][A-Z]/wiki_[0-9
 RANGES = dict(vocab_size=(0, 2**20), sample=(1e-9, 1), max_docs=(0, 2**31), min_chars=(0, 2**31),
               min_chinese=(0, 1), near_duplicates=(0, 0.95), val_fraction=(0, 0.99),
               workers=(0, 256))
-RECORDED = ("val_fraction", "sample", "max_docs", "field", "evidence", "chosen",
+RECORDED = ("val_fraction", "sample", "max_docs", "field", "lines", "evidence", "chosen",
             "near_duplicates")
 
 
@@ -149,7 +151,7 @@ def batches(sources, cfg, count_dropped):
     for source, files, split in sources:
         chat = SOURCES[source].kind == "chat"
         options = (dict(evidence=cfg.evidence, chosen=cfg.chosen) if chat else
-                   dict(field=cfg.field))
+                   dict(field=cfg.field, lines=cfg.lines))
         documents = SOURCES[source].documents(files, **options)
         batch, size = [], 0
         for place, doc in itertools.islice(documents, cfg.max_docs or None):

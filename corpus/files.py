@@ -3,7 +3,8 @@
     files = find_files(["corpus"], wanted)
     for place, document in read_each(files, wanted, read): ...  # read(name, stream) yields these
 
-.gz, .bz2, .xz and .zip files need not be unpacked. A file that can't be read gives a Dropped.
+.gz .bz2 .xz files, .zip and .tar archives need not be unpacked. A file that can't be read gives a
+Dropped.
 """
 import bz2
 import codecs
@@ -11,26 +12,26 @@ import gzip
 import io
 import lzma
 import os
+import tarfile
 import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from common.command_line import UserError
+from corpus.encoding import SNIFF_BYTES, UnknownEncoding, encoding_of
 
 MAX_CHARS = 2**22     # of a record or document; the four great novels together have 3 million
-SNIFF_BYTES = 2**20   # beginning of a file from which its encoding and format are detected
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz")
+# Files that are refused if they are named, and what to do with them.
+CONVERT = {".7z": "unpack it", ".rar": "unpack it", ".xls": "save it as .csv",
+           ".xlsx": "save it as .csv"} | dict.fromkeys(
+    ".doc .docx .epub .pdf .rtf .mobi .azw3 .ppt .pptx .wps".split(), "save it as .txt")
 UNDECODABLE = "\udcff"  # replaces bytes that can't be decoded; no decoder makes this character
-READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError,
-               NotImplementedError, MemoryError, UnicodeError)  # damaged files, unknown compression
-
-# Characters of ordinary Chinese text: ASCII, dashes and quotes, full-width punctuation, and the
-# 3,755 most common Han characters (level 1 of GB 2312).
-COMMON = {chr(code) for codes in (range(9, 14), range(32, 127), range(0x2010, 0x2027),
-                                  range(0x3000, 0x3012), range(0xFF01, 0xFF5F)) for code in codes}
-COMMON |= {bytes((high, low)).decode("gb2312", "ignore") for high in range(0xB0, 0xD8)
-           for low in range(0xA1, 0xFF)} - {""}
+READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
+               RuntimeError, NotImplementedError, MemoryError, UnicodeError)  # of damaged files
 codecs.register_error("mark", lambda error: (UNDECODABLE, error.end))
 
 
@@ -48,18 +49,21 @@ def suffix(name):
 
 
 def find_files(paths, wanted, endings=()):
-    """Return the files under paths for which wanted(name) holds and the .zip files, each once,
+    """Return the files under paths for which wanted(name) holds and the archives, each once,
     sorted; a file named in paths is always taken. Print how many files are skipped.
 
-    Links are followed, but no folder is read twice. UserError: no such path, or no file found.
+    Links are followed, but no folder is read twice. UserError: no such path, a file that holds no
+    text, or no file found.
     """
     found, seen, skipped = set(), set(), Counter()
     for path in sorted(os.path.normpath(p) for p in paths):
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
         if not os.path.isdir(path):
-            if not os.path.isfile(path):  # a pipe or device might never end
-                raise UserError(f"{path}: not a file")
+            if not os.path.isfile(path):  # it may have no end
+                raise UserError(f"{path} is a pipe or a device; write its text to a file first")
+            if suffix(path) in CONVERT:
+                raise UserError(f"{path} can't be read; {CONVERT[suffix(path)]} first")
             found.add(path)
             continue
         for folder, folders, names in os.walk(path, followlinks=True, onerror=_raise):
@@ -69,7 +73,7 @@ def find_files(paths, wanted, endings=()):
             seen.add(real)
             for name in names:
                 file = os.path.join(folder, name)
-                if os.path.isfile(file) and (wanted(name) or suffix(name) == ".zip"):
+                if os.path.isfile(file) and (wanted(name) or suffix(name) in ARCHIVES):
                     found.add(file)
                 else:
                     skipped[suffix(name) or name] += 1
@@ -87,21 +91,36 @@ def _raise(error):
 
 
 def open_files(path, wanted):
-    """Yield (name, function that opens it) of a file, or of each wanted file in a .zip.
+    """Yield (name, function that opens it) of a file, or of each wanted file in an archive.
 
-    Nothing is written to disk, so "../" in the names inside a .zip does no harm.
+    Nothing is written to disk, so "../" in the names inside an archive does no harm.
     """
-    if not path.lower().endswith(".zip"):
+    if suffix(path) not in ARCHIVES:
         yield path, lambda: _buffered(path, open(path, "rb"))
         return
-    with zipfile.ZipFile(path) as archive:
-        members = [m for m in archive.infolist() if not m.is_dir() and not _hidden(m.filename)]
-        taken = [m for m in members if wanted(m.filename) or suffix(m.filename) == ".zip"]
-        if len(taken) < len(members):
-            print(f"skipped {len(members) - len(taken):,} files of other types in {path}")
-        for member in sorted(taken, key=lambda m: m.filename):
-            yield (f"{path}/{member.filename}",
-                   lambda m=member: _buffered(m.filename, archive.open(m)))
+    skipped = 0
+    for name, opened in _members(path):
+        if not _hidden(name) and (wanted(name) or suffix(name) in ARCHIVES):
+            yield f"{path}/{name}", lambda: _buffered(name, opened())
+        else:
+            skipped += not _hidden(name)
+    if skipped:
+        print(f"skipped {skipped:,} files of other types in {path}")
+
+
+def _members(path):
+    """Yield (name, function that opens it) of each file in an archive."""
+    if suffix(path) == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for member in sorted(archive.infolist(), key=lambda m: m.filename):
+                if not member.is_dir():
+                    yield member.filename, partial(archive.open, member)
+        return
+    with tarfile.open(path) as archive:
+        while member := archive.next():
+            archive.members.clear()  # else a list of all that were read: gigabytes
+            if member.isfile():
+                yield member.name, partial(archive.extractfile, member)
 
 
 def _hidden(name):
@@ -118,11 +137,18 @@ class DeferredErrors(io.RawIOBase):
     def readable(self):
         return True
 
+    def seekable(self):
+        return self.file.seekable()
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self.error = None
+        return self.file.seek(offset, whence)
+
     def readinto(self, buffer):
         n = 0
         while n < len(buffer) and not self.error:
             try:
-                data = self.file.read1(len(buffer) - n)
+                data = self.file.read1(min(len(buffer) - n, 2**16))
             except READ_ERRORS as e:
                 self.error, data = e, b""
             if not data:
@@ -141,11 +167,10 @@ class DeferredErrors(io.RawIOBase):
 def _buffered(name, raw):
     """Return raw as a decompressed stream with peek(SNIFF_BYTES). Closing it closes raw."""
     end = os.path.splitext(name)[1].lower()
-    if end == ".zip":
-        raise zipfile.BadZipFile("a .zip in a .zip: unpack it first")
-    if end in OPENERS:
-        raw = DeferredErrors(OPENERS[end](raw, "rb"))
-    return io.BufferedReader(raw, SNIFF_BYTES)
+    if suffix(name) in ARCHIVES:
+        raise tarfile.TarError("an archive in an archive: unpack it first")
+    raw = OPENERS[end](raw, "rb") if end in OPENERS else raw
+    return io.BufferedReader(DeferredErrors(raw), SNIFF_BYTES)
 
 
 def read_each(files, wanted, read):
@@ -163,6 +188,8 @@ def read_each(files, wanted, read):
 
 
 def unreadable(error):
+    if isinstance(error, UnknownEncoding):
+        return Dropped("unknown encoding", str(error))
     what = str(error) or type(error).__name__
     return Dropped("unreadable file", f"can't be read further ({what})")
 
@@ -173,51 +200,26 @@ def too_long(max_chars=MAX_CHARS):
 
 # ---- text ----
 
-def encoding_of(head):
-    """Return the encoding of a file that begins with these bytes.
-
-    That of its byte order mark, else UTF-8 if it is valid and has no zero byte, else the one of
-    four encodings that gives the largest share of common characters (at a tie UTF-8).
-    """
-    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
-                       (codecs.BOM_UTF16_BE, "utf-16")):
-        if head.startswith(mark):
-            return name
-    try:  # the last character may be incomplete if the file is longer
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < SNIFF_BYTES)
-        if b"\0" not in head:
-            return "utf-8"
-    except UnicodeDecodeError:
-        pass
-    return max(("utf-8", "gb18030", "utf-16-le", "utf-16-be"), key=lambda e: _common_share(head, e))
-
-
-def _common_share(head, encoding):
-    """Return the share of common characters when head is decoded this way."""
-    text = head.decode(encoding, "mark")
-    return sum(map(COMMON.__contains__, text)) / max(1, len(text))
-
-
 def head_of(stream):
     """Return the beginning of a stream as text; the stream stays where it is."""
     head = stream.peek(SNIFF_BYTES)[:SNIFF_BYTES]
     return head.decode(encoding_of(head), "ignore").removeprefix("\ufeff")
 
 
-def decoded(stream, newline="\n"):
+def decoded(stream, newline=None):
     """Return the stream as text, its encoding detected; UNDECODABLE replaces invalid bytes."""
     encoding = encoding_of(stream.peek(SNIFF_BYTES)[:SNIFF_BYTES])
     return io.TextIOWrapper(stream, encoding, errors="mark", newline=newline)
 
 
-def lines(text):
-    """Yield the lines of a text stream with their ends; longer ones in pieces of MAX_CHARS."""
-    return iter(lambda: text.readline(MAX_CHARS), "")
+def read_lines(text, max_chars=MAX_CHARS):
+    """Yield the lines of a text stream with their ends; longer ones in pieces of max_chars."""
+    return iter(lambda: text.readline(max_chars), "")
 
 
 def text_parts(stream):
     """Yield a whole text, or if it is longer than MAX_CHARS its parts, cut at line ends."""
-    text, rest, whole = decoded(stream, newline=None), "", True
+    text, rest, whole = decoded(stream), "", True
     while len(part := rest + text.read(MAX_CHARS - len(rest))) == MAX_CHARS:
         cut = part.rfind("\n") + 1 or MAX_CHARS
         rest, whole = part[cut:], False

@@ -5,63 +5,93 @@
 What can't be read is yielded as a Dropped in its place.
 """
 import csv
+import itertools
 import json
 import re
+from collections import deque
 
 from common.command_line import UserError
-from corpus.files import MAX_CHARS, READ_ERRORS, Dropped, decoded, head_of, lines, suffix, too_long, unreadable
+from corpus.files import (
+    MAX_CHARS, READ_ERRORS, UNDECODABLE, Dropped, decoded, head_of, read_lines, suffix, too_long,
+    unreadable)
 
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside .arrow shards
+MAX_LINE = 8 * MAX_CHARS  # of JSON: a character may be written in 6, like \u6c5f
 MAX_JSON_CHARS = 2**30  # of a file that is not JSON lines: it is held in memory, 2 or 4 GB
 BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
+MAX_BAD = 1000  # values of such a file that are not JSON, before the rest is given up
+START = re.compile(r'\[|\{\s*("[^"\\]*")?')  # the bracket and first key of a value
+FIRST_LINE = re.compile(r"\s*[^\r\n]*")
+DECODER = json.JSONDecoder()
 csv.field_size_limit(MAX_CHARS)
 
 
 def records(name, stream):
-    """Yield (place, value) of each record; the suffix of name tells the format, JSON by default."""
-    kind = suffix(name)
-    if kind in (".parquet", ".arrow"):
-        yield from arrow_rows(name, stream, kind)
-    elif kind in (".csv", ".tsv"):
-        yield from csv_rows(name, decoded(stream, newline=""), "\t" if kind == ".tsv" else ",")
-    elif kind == ".jsonl" or _is_json_lines(head_of(stream)):
-        yield from json_lines(name, decoded(stream))
+    """Yield (place, value) of each record of a file."""
+    if suffix(name) in (".parquet", ".arrow"):
+        yield from arrow_rows(name, stream, suffix(name))
+        return
+    head = head_of(stream)
+    form = form_of(name, head)
+    if form == "table" or form == "text" and "\t" in FIRST_LINE.match(head)[0]:
+        yield from csv_rows(name, decoded(stream, newline=""), delimiter_of(name, head))
+    elif form == "JSON lines":
+        yield from json_lines(name, decoded(stream, newline="\n"))
     else:
         yield from json_values(name, decoded(stream))
 
 
-def _is_json_lines(head):
-    """Return whether a .json file that begins like this has one value a line: of several lines,
-    the first or the second is a whole value."""
-    first, second = ([line for line in head.split("\n", 20) if line.strip()] + ["", ""])[:2]
-    if not second.strip():
-        return False
-    if first.lstrip()[:1] == "[":
-        return _is_value(first) and second.lstrip()[:1] == "["
-    return first.lstrip()[:1] == "{" and (_is_value(first) or _is_value(second))
+def form_of(name, head):
+    """Return the form of a file that begins like this: "table", "JSON lines", "JSON" or "text"."""
+    kind, first, second = suffix(name), *_first_lines(head)
+    if kind in (".csv", ".tsv"):
+        return "table"
+    if kind not in RECORDS and not _begins_with_record(head):
+        return "text"
+    if first[:1] == "[":  # a list on each line, or one over several lines
+        by_line = _is_value(first) and second[:1] == "["
+    else:
+        by_line = (_is_value(second) or second not in ("", "{") and _is_value(first)
+                   or kind == ".jsonl" and not _is_value(head, whole=False))
+    return "JSON lines" if by_line else "JSON"
 
 
-def _is_value(line):
+def _first_lines(head):
+    """Return the first two lines that are not blank, without commas at their ends."""
+    lines = (line.strip("\ufeff \t\r").removesuffix(",") for line in head.split("\n", 20))
+    return ([line for line in lines if line] + ["", ""])[:2]
+
+
+def _begins_with_record(head):
+    """Return whether a text begins with an object in JSON, or a list of objects or of strings."""
+    inner = head.lstrip("\ufeff \t\r\n[")
+    return inner[:1] == "{" and inner[1:2] != "}" and _is_value(inner, whole=False) or (
+        re.match(r'\s*(?:\[\s*)+"', head) is not None and _is_value(head, whole=False))
+
+
+def _is_value(text, whole=True):
+    """Return whether text is an object or a list in JSON, or only begins with one."""
     try:
-        return isinstance(json.loads(line), (dict, list))
+        value, end = DECODER.raw_decode(text, BLANKS.match(text).end())
     except (ValueError, RecursionError):
         return False
+    return isinstance(value, (dict, list)) and not (whole and text[end:].strip())
 
 
 # ---- JSON ----
 
 def json_lines(name, text):
     """Yield (place, value) of each line that is not blank."""
-    pieces = lines(text)
+    pieces = read_lines(text, MAX_LINE)
     for number, line in enumerate(pieces, 1):
         place = f"{name}:{number}"
-        if len(line) == MAX_CHARS and line[-1] != "\n":
+        if len(line) == MAX_LINE and line[-1] != "\n":
             next((piece for piece in pieces if piece[-1] == "\n"), None)  # skip the rest of it
             yield place, too_long()
         elif line := line.strip("\ufeff \t\r\n"):
             try:
-                yield place, json.loads(line)
+                yield place, _sound(json.loads(line.removesuffix(",")), line)
             except (ValueError, RecursionError) as e:
                 yield place, _not_json(e)
 
@@ -72,19 +102,34 @@ def _not_json(error, more=""):
     return Dropped("not JSON", f"not JSON ({what}){more}")
 
 
+def _sound(value, source):
+    """Return the value read from source, or a Dropped if a part of it is no character."""
+    if UNDECODABLE in source or "\\ud" in source or "\\uD" in source:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            return Dropped("bad encoding", "bad encoding: bytes or half a surrogate pair (\\ud83d) "
+                           "that are no character")
+    return value
+
+
 def json_values(name, text):
-    """Yield (place, value) of each value that split_values finds. After the first error the rest
-    of the file is not read: where its next value begins is unknown."""
-    source, read_error = _read_whole(text)
+    """Yield (place, value) of each value that split_values finds."""
+    pieces, read_error, line, counted = [], None, 1, 0
+    try:  # what was read before an error stays
+        pieces.extend(itertools.islice(iter(lambda: text.read(2**20), ""),
+                                       MAX_JSON_CHARS // 2**20 + 1))
+    except READ_ERRORS as e:
+        read_error = e
+    source = "".join(pieces)
     if len(source) > MAX_JSON_CHARS:
         yield name, Dropped("too long", f"over {MAX_JSON_CHARS:,} characters of JSON; "
                             "convert the file to JSON lines (.jsonl), one value a line")
         return
-    line, counted = 1, 0
     try:
-        for value, end in split_values(source):
-            line += source.count("\n", counted, end)
-            counted = end
+        for at, value in split_values(source):
+            line += source.count("\n", counted, at) - source.count("\n", at, counted)
+            counted = at
             yield f"{name}:{line}", value
     except (ValueError, RecursionError) as e:
         if not read_error:
@@ -94,22 +139,14 @@ def json_values(name, text):
         raise read_error
 
 
-def _read_whole(text):
-    """Return (the text up to its end, a read error or just past the limit; the error or None)."""
-    pieces, size = [], 0
-    try:
-        while size <= MAX_JSON_CHARS and (piece := text.read(2**20)):
-            pieces.append(piece)
-            size += len(piece)
-    except READ_ERRORS as e:
-        return "".join(pieces), e
-    return "".join(pieces), None
-
-
 def split_values(source):
-    """Yield (value, its end in source) of each element of an array, and of values one after the
-    other; of an object with a list under "data" (SQuAD), the elements of that list."""
-    decoder, at, in_array = json.JSONDecoder(), BLANKS.match(source).end(), False
+    """Yield (its beginning in source, value) of each element of an array, and of values one after
+    the other; of an object with a list under "data" (SQuAD), the elements of that list.
+
+    A value that is not JSON gives a Dropped, and reading goes on where one begins like the first;
+    its error is raised if none does.
+    """
+    at, in_array, start, bad = BLANKS.match(source).end(), False, None, 0
     while at < len(source):
         if source[at] == "[" and not in_array:
             in_array, at = True, BLANKS.match(source, at + 1).end()
@@ -117,41 +154,95 @@ def split_values(source):
         if source[at] == "]" and in_array:
             in_array, end = False, at + 1
         else:
-            value, end = decoder.raw_decode(source, at)
+            start = start or START.match(source, at)
+            try:
+                value, end = DECODER.raw_decode(source, at)
+            except (ValueError, RecursionError) as e:
+                bad += 1  # limited, because each takes time in proportion to the length
+                after = start and _next_like(start, source, at + 1)
+                if not after or bad == MAX_BAD:
+                    raise
+                yield getattr(e, "pos", at), _not_json(e)
+                at = after.start()
+                continue
+            value = _sound(value, source[at:end])
             data = value.get("data") if isinstance(value, dict) and not in_array else None
-            yield from ((v, end) for v in (data if isinstance(data, list) else [value]))
+            yield from ((at, item) for item in (data if isinstance(data, list) else [value]))
         at = BLANKS.match(source, end).end()
         if source.startswith(",", at):
             at = BLANKS.match(source, at + 1).end()
-        elif in_array and not source.startswith("]", at):
-            raise json.JSONDecodeError("the array does not end, or lacks a comma", source, at)
     if in_array:
         raise json.JSONDecodeError("the array does not end", source, at)
 
 
+def _next_like(start, source, at):
+    """Return the match of the next value that begins like start, a match of START, or None."""
+    first = re.escape(start[1]) if start[1] else '["{]'
+    return re.compile(rf"\{start[0][0]}\s*{first}").search(source, at)
+
+
 # ---- tables ----
 
+NOT_A_NAME = re.compile(r".*[。！？…?!]|.{10,}\.|.{40,}|[+-]?\d+(?:\.\d+)?", re.S)  # in a header
+
+
+def delimiter_of(name, head):
+    """Return the character between the columns of a table that begins like this."""
+    first, usual = FIRST_LINE.match(head)[0], "\t" if suffix(name) == ".tsv" else ","
+    if said := re.fullmatch(r'\s*"?sep=(.)"?', first):
+        return said[1]
+    return usual if usual in first else max(usual + ",;\t|", key=first.count)
+
+
 def csv_rows(name, text, delimiter):
-    """Yield (place, {column: field}) of each row below the header."""
-    rows = csv.reader(lines(text), delimiter=delimiter, strict=True)
+    """Yield (place, {column: field}) of each row below the header; missing fields are ""."""
     header = None
-    while True:
-        place = f"{name}:{rows.line_num + 1}"
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            yield place, Dropped("not CSV", f"not CSV ({e})")
+    for place, row in split_rows(name, text, delimiter):
+        if isinstance(row, Dropped):
+            yield place, row
+        elif UNDECODABLE in "".join(row):
+            yield place, _sound(row, UNDECODABLE)
+        elif not any(row) or header is None and "".join(row) == "sep=":
             continue
-        if not any(row):
-            continue
-        if header is None:
+        elif header is None:
             header = [column.strip("\ufeff ") for column in row]
-        elif len(row) == len(header):
-            yield place, dict(zip(header, row))
-        else:
+            if any(map(NOT_A_NAME.fullmatch, header)):
+                yield place, Dropped("no header", "the first row was taken as the header; put the "
+                                     f"names of the columns above it ({', '.join(header)[:60]})")
+        elif any(row[len(header):]):
             yield place, Dropped("not CSV", f"{len(row)} fields, the header has {len(header)}")
+        else:
+            row += [""] * (len(header) - len(row))
+            yield place, {column: field for column, field in zip(header, row) if column}
+
+
+def split_rows(name, text, delimiter):
+    """Yield (place, fields) of each row; quotes in fields are doubled, or behind a backslash. Of a
+    row that is not CSV only the first line is lost: its quote may not be closed."""
+    source = enumerate(read_lines(text), 1)
+    again, taken = deque(), []  # (number, line): those to read once more, those of this row
+
+    def feed():
+        while numbered := again.popleft() if again else next(source, None):
+            taken.append(numbered)
+            yield numbered[1]
+
+    rows, escape, failed = csv.reader(feed(), delimiter=delimiter, strict=True), None, 0
+    while True:
+        taken.clear()
+        try:
+            row = next(rows, None)
+        except csv.Error as e:
+            again.extendleft(reversed(taken))
+            escape, failed = None if escape else "\\", failed + 1
+            rows = csv.reader(feed(), delimiter=delimiter, escapechar=escape, strict=True)
+            if failed == 1:
+                continue
+            row, _ = Dropped("not CSV", f"not CSV ({e})"), again.popleft()
+        if row is None:
+            return
+        failed = 0
+        yield f"{name}:{taken[0][0]}", row
 
 
 def arrow_rows(name, stream, kind):
@@ -174,7 +265,9 @@ def arrow_rows(name, stream, kind):
             for i in range(batch.num_rows):
                 number += 1
                 try:
-                    row = batch.slice(i, 1).to_pylist()[0]
+                    row = batch.slice(i, 1)
+                    row.validate(full=True)  # a damaged one would crash the process
+                    row = row.to_pylist()[0]
                 except (ValueError, OverflowError, LookupError):  # not UTF-8, a year past 9999
                     row = Dropped("bad row", "a bad row: can't be converted")
                 yield f"{name}: row {number}", row

@@ -12,11 +12,13 @@ from typing import Callable
 
 from corpus.chats import read_chat
 from corpus.files import (
-    MAX_CHARS, Dropped, decoded, head_of, lines, read_each, suffix, text_parts, too_long, unreadable)
-from corpus.records import DATASET_FILES, RECORDS, records
+    MAX_CHARS, Dropped, decoded, head_of, read_each, read_lines, suffix, text_parts, too_long,
+    unreadable)
+from corpus.records import DATASET_FILES, RECORDS, form_of, records
 from corpus.wikitext import DISAMBIGUATION, REDIRECT, plain, tidy, unescape
 
-TEXT_KEYS = ("text", "content", "completion", "body", "article")
+TEXT_KEYS = ("text", "content", "completion", "body", "article", "paragraphs")
+DUMP = re.compile(r"(?:<\?[^<>]*>\s*|<!(?:--.*?--|[^<>]*)>\s*)*<mediawiki\b", re.S)
 
 
 # ---- texts ----
@@ -43,15 +45,18 @@ def titled(title, text):
 
 
 def record_text(record, field=""):
-    """Return the text of a record, or a Dropped. field: the key of the text; "" = the first of
-    TEXT_KEYS that the record has, and its title is put above it."""
+    """Return the text of a record, or a Dropped. field: the key of the text, a string or a list of
+    lines; "" = the first of TEXT_KEYS that the record has. Its title is put above lines, and above
+    the text if no field is given."""
     if isinstance(record, (str, Dropped)):
         return record
     if isinstance(record, dict):
         for key in (field,) if field else TEXT_KEYS:
-            if isinstance(text := record.get(key), str):
-                title = record.get("title")
-                title = title.strip() if isinstance(title, str) and not field else ""
+            text, title = record.get(key), record.get("title")
+            in_lines = isinstance(text, list) and all(isinstance(line, str) for line in text)
+            text = "\n".join(text) if in_lines else text
+            if isinstance(text, str):
+                title = title.strip() if isinstance(title, str) and (in_lines or not field) else ""
                 if len(text) + len(title) > MAX_CHARS:
                     return too_long()
                 return titled(title, text.lstrip()) if title else text
@@ -60,26 +65,60 @@ def record_text(record, field=""):
                    f"{field or ' or '.join(TEXT_KEYS)} ({keys}; set the key with --field)")
 
 
-def read_text(name, stream, field=""):
-    """Yield a document for each record of a .jsonl .json .csv .parquet .arrow file and of a file
-    that begins like JSON; for another file its whole text."""
-    if suffix(name) not in RECORDS and head_of(stream).lstrip()[:1] not in ("{", "["):
-        yield from ((name, part) for part in text_parts(stream))
-    else:
+def read_text(name, stream, field="", lines=False):
+    """Yield a document for each record of a file of records, whatever its name; for another file
+    its whole text, or with lines a document for each line that is not blank."""
+    if suffix(name) in RECORDS or form_of(name, head_of(stream)) != "text":
         for place, record in records(name, stream):
             yield place, record_text(record, field)
+    elif lines:
+        for number, line in enumerate(read_lines(decoded(stream)), 1):
+            if line.strip():
+                yield f"{name}:{number}", line
+    else:
+        without_markup = MARKUP.get(suffix(name), str)
+        yield from ((name, without_markup(part)) for part in text_parts(stream))
 
 
-def read_wiki(name, stream, field=""):
+# ---- markup ----
+
+HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|<(script|style|noscript|template|svg|select|iframe)\b"
+                    r"[^<>]*(?<!/)>.*?(?:</\1\s*>|\Z)", re.S | re.I)
+TAG = re.compile(r"""</?([a-z!?][^\s<>/]*)(?:[^<>"']|"[^"]*"|'[^']*')*+>""", re.I)
+INLINE = frozenset("a abbr acronym b bdi bdo big cite code del dfn em font i img ins kbd label mark "
+                   "q rp rt ruby s samp small span strike strong sub sup tt u var wbr".split())
+# Time stamps, the numbers above them, and tags, of subtitles and of lyrics.
+SUBTITLE = re.compile(r"^\ufeff?WEBVTT.*\n|(?:^\s*\d+[ \t]*\n)?^.*\d\d:\d\d[,.]\d+[ \t]*-->.*\n?"
+                      r"|<[^<>\n]*>|\{\\[^{}\n]*\}|^[ \t]*\n", re.M)
+LYRICS = re.compile(r"^[ \t]*\[[a-z#]+:[^\]\n]*\][ \t]*\n?|[\[<]\d+:\d\d(?:[.:]\d+)?[\]>]",
+                    re.M | re.I)
+
+
+def html_text(markup):
+    """Return the text of a page: without tags, scripts, styles; a newline where a block ends."""
+    text = re.sub(r"\s+", " ", HIDDEN.sub("", markup))
+    text = TAG.sub(lambda tag: "" if tag[1].lower() in INLINE else "\n", text)
+    lines = map(str.strip, unescape(text).split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+MARKUP = dict.fromkeys((".html", ".htm", ".xhtml"), html_text)
+MARKUP |= dict.fromkeys((".srt", ".vtt"), partial(SUBTITLE.sub, "")) | {
+    ".lrc": partial(LYRICS.sub, "")}
+
+
+# ---- wikis and news ----
+
+def read_wiki(name, stream, field="", lines=False):
     """Yield the articles of a MediaWiki dump, or of an extractor's output: <doc> blocks or records.
     """
     head = head_of(stream)[:2000].lstrip()
-    if "<mediawiki" in head:
+    if DUMP.match(head):
         yield from dump_pages(name, stream)
     elif head.startswith("<doc "):
         yield from doc_blocks(name, decoded(stream))
     else:
-        for place, doc in read_text(name, stream, field):
+        for place, doc in read_text(name, stream, field, lines):
             yield place, WikiPage("", doc, in_wikitext=False) if isinstance(doc, str) else doc
 
 
@@ -101,7 +140,7 @@ def dump_pages(name, stream):
                 page = {}
             if len(parents) == 1:
                 parents[0].clear()
-    except (ET.ParseError, UnicodeError, ValueError) as e:
+    except (ET.ParseError, LookupError, ValueError) as e:  # unknown encodings
         yield name, unreadable(e)
 
 
@@ -119,7 +158,7 @@ def article(title, page):
 def doc_blocks(name, text):
     """Yield the articles of WikiExtractor's <doc id= url= title=> ... </doc> blocks."""
     title, body, size, first_place = None, [], 0, ""
-    for number, line in enumerate(lines(text), 1):
+    for number, line in enumerate(read_lines(text), 1):
         if title is None:
             head = re.match(r"<doc\b[^>]*?title=\"([^\"]*)\"[^>]*>", line[:2000])
             if head:
@@ -137,13 +176,14 @@ def doc_blocks(name, text):
         yield first_place, Dropped("unreadable file", "this <doc> does not end")
 
 
-def read_thucnews(name, stream, field=""):
-    """Yield the whole text of a file, or if its first line has a tab the document of each line:
-    category<TAB>text or title<TAB>class number. field is ignored."""
-    if "\t" not in head_of(stream).partition("\n")[0]:
+def read_thucnews(name, stream, field="", lines=False):
+    """Yield the whole text of a file, or if most of its lines have a tab the document of each line:
+    category<TAB>text or title<TAB>class number. field and lines are ignored."""
+    first = [line for line in head_of(stream).split("\n", 100)[:100] if line.strip()]
+    if 2 * sum("\t" in line for line in first) <= len(first):
         yield from ((name, part) for part in text_parts(stream))
         return
-    for number, line in enumerate(lines(decoded(stream)), 1):
+    for number, line in enumerate(read_lines(decoded(stream)), 1):
         left, tab, right = line.strip().partition("\t")
         if tab:
             yield f"{name}:{number}", left if right.strip().isdigit() else right
@@ -168,7 +208,8 @@ class Source:
         return wiki or suffix(name) in self.endings and os.path.basename(name) not in DATASET_FILES
 
     def documents(self, files, **options):
-        """Yield (place, document) of the files. options: evidence for chats, field for texts."""
+        """Yield (place, document) of the files. options: evidence for chats, field and
+        lines for texts."""
         return read_each(files, self.wanted, partial(self.read, **options))
 
 
@@ -179,7 +220,7 @@ SOURCES = {
                    "dump (zhwiki-*-pages-articles.xml.bz2) or WikiExtractor's output", WIKI_HUB),
     "thucnews": Source("text", read_thucnews, (".txt", ".tsv"),
                        "THUCNews' category folders, or files of category<TAB>text lines"),
-    "text": Source("text", read_text, (".txt", *RECORDS),
+    "text": Source("text", read_text, (".txt", ".md", *MARKUP, *RECORDS),
                    ".txt files, or .jsonl .json .csv .parquet .arrow with a text in each record"),
     "chat": Source("chat", read_chat, RECORDS, "dialogues or questions and answers in .jsonl .json "
                    ".csv .parquet .arrow, the format detected"),

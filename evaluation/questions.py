@@ -114,7 +114,7 @@ def question_of(record, where):
     UserError: the file can't be read further, or columns are missing.
     """
     if isinstance(record, Dropped):
-        if record.reason == "unreadable file":
+        if record.reason in ("unreadable file", "unknown encoding"):
             raise UserError(f"{where}: {record.details}")
         return record.reason
     row = record if isinstance(record, dict) else {}
