@@ -39,8 +39,9 @@ class GPTConfig:
     def __post_init__(self):
         for f in fields(self):  # a config.json may hold anything; 0 only where it is the default
             value, is_number = getattr(self, f.name), f.type in (int, float)
-            if (type(value) not in ((int, float) if f.type is float else (f.type,))
-                    or is_number and not (0 < value < 2**31 or value == f.default)):
+            types = (int, float) if f.type is float else (f.type,)
+            if type(value) not in types or (
+                    is_number and not (0 < value < 2**31 or value == f.default)):
                 kind = f"positive {f.type.__name__}" if is_number else f.type.__name__
                 raise ValueError(f"{f.name} must be a {kind}, got {value!r}")
         modern = self.arch == "qwen3"
@@ -109,7 +110,7 @@ def make_norm(config):
 
 # ---- the key-value cache ----
 
-class KVCache:
+class LayerCache:
     """Keys and values of one layer, (B, n_kv_head, max_len, D) each, allocated once."""
 
     def __init__(self, max_len):
@@ -126,11 +127,11 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-class Cache:
-    """The ids (B, T) that a model has read, or None, and a KVCache of max_len for each layer."""
+class KVCache:
+    """The ids (B, T) that a model has read, or None, and a LayerCache for each layer."""
 
     def __init__(self, n_layer, max_len):
-        self.layers, self.ids = [KVCache(max_len) for _ in range(n_layer)], None
+        self.layers, self.ids = [LayerCache(max_len) for _ in range(n_layer)], None
 
     def rewind(self, ids):
         """Keep the longest common prefix of the cached ids and ids (B, T); return its length.
@@ -154,7 +155,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.group_size = config.n_head // config.n_kv_head      # query heads per key head
+        self.group_size = config.n_head // config.n_kv_head  # queries a key (arXiv:2305.13245)
         inner, inner_kv = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
         self.q_proj = nn.Linear(config.n_embd, inner, bias=config.bias)     # C -> n_head * D
         self.k_proj = nn.Linear(config.n_embd, inner_kv, bias=config.bias)  # C -> n_kv_head * D
@@ -165,6 +166,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
 
     def forward(self, x, rope, mask, cache):
+        # mask (B or 1, 1, T, past + T): True where a query attends to a key; None = causal
         B, T, C = x.shape
         # split the heads, then move them before the tokens: (B, T, C) -> (B, T, H, D) -> ...
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
@@ -397,7 +399,7 @@ class GPT(nn.Module):
         position only, (B, 1, V). With targets (B, T), -1 = ignored: the SUM of the loss as float32
         scalar, and the number of trained tokens.
         doc_ids (B, T), non-decreasing: positions restart at each change and attention stays inside
-        a document; not together with caches (one KVCache per block, which the T tokens extend).
+        a document; not together with caches, one LayerCache per block, which the T tokens extend.
         """
         x = self.hidden(ids, doc_ids, caches)                    # (B, T, C)
         if targets is None:
@@ -438,8 +440,8 @@ class GPT(nn.Module):
         yielded, and yields -1 from then on; generation ends when all rows have ended or after
         max_new_tokens. Past block_size the last half of the context is kept and read again.
         seed: a list with one seed per row, or an int: row i uses seed + i; so a row is the same in
-        any batch. cache: a Cache of block_size from the call before, so that only
-        what is new in ids is read.
+        any batch. cache: a KVCache of block_size from the call before, so that only what is new in
+        ids is read.
         """
         block_size, vocab_size, device = self.config.block_size, self.config.vocab_size, ids.device
         seeds = range(seed, seed + len(ids)) if isinstance(seed, int) else seed
@@ -448,7 +450,7 @@ class GPT(nn.Module):
         ended = torch.zeros(len(ids), dtype=torch.bool, device=device)            # (B,)
         seen = torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=device)
         seen.scatter_(1, ids, True)
-        cache = cache or Cache(len(self.blocks), min(block_size, ids.size(1) + max_new_tokens))
+        cache = cache or KVCache(len(self.blocks), min(block_size, ids.size(1) + max_new_tokens))
         context, unread = ids, None
         for _ in range(max_new_tokens):
             if context.size(1) > block_size:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import GPT, Cache, GPTConfig, linear_cross_entropy
+from gpt import GPT, KVCache, GPTConfig, linear_cross_entropy
 from models.hf import save_pretrained
 from models.load import from_pretrained
 from training.optim import configure_optimizers
@@ -371,21 +371,21 @@ def test_cached_generation_equals_uncached_past_the_context_too(arch, prompt):
 
 @both
 def test_more_tokens_than_the_context_holds_are_refused(arch):
-    from gpt import KVCache
+    from gpt import LayerCache
     model = make(arch, block_size=16)
     with pytest.raises(ValueError, match="17 tokens do not fit a context of 16"):
         model(random_ids(model, 1, 17))
-    caches = [KVCache(32) for _ in model.blocks]
+    caches = [LayerCache(32) for _ in model.blocks]
     model(random_ids(model, 1, 16), caches=caches)
     with pytest.raises(ValueError, match="17 tokens do not fit a context of 16"):
         model(random_ids(model, 1, 1), caches=caches)
 
 
 def test_several_tokens_may_extend_a_cache():
-    from gpt import KVCache
+    from gpt import LayerCache
     model = make("qwen3 grouped")
     ids = random_ids(model, 2, 20)
-    caches = [KVCache(64) for _ in model.blocks]
+    caches = [LayerCache(64) for _ in model.blocks]
     parts = [model(part, caches=caches) for part in ids.split([7, 1, 2, 5, 5], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=0, atol=1e-4)
 
@@ -470,7 +470,7 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
 @both
 def test_a_cache_kept_between_turns_changes_nothing_and_saves_reading(arch):
     model = make(arch, block_size=64)
-    cache, read, ids = Cache(len(model.blocks), 64), [], random_ids(model, 1, 9)
+    cache, read, ids = KVCache(len(model.blocks), 64), [], random_ids(model, 1, 9)
     model.register_forward_hook(lambda m, args, out: read.append(args[0].size(1)))
     for turn in range(6):  # the last ones run past the context
         del read[:]
@@ -511,13 +511,13 @@ def test_penalised_logits_equal_those_of_transformers():
 def test_a_cache_keeps_what_all_its_rows_have_in_common_with_the_new_ids():
     ids = torch.arange(12).view(2, 6)
     for rows, at, kept in (((0,), 4, 4), ((1,), 3, 3), ((0, 1), 2, 2), ((1,), 0, 0), ((), 0, 5)):
-        cache, new = Cache(2, 16), ids.clone()
+        cache, new = KVCache(2, 16), ids.clone()
         cache.ids = ids
         for row in rows:
             new[row, at] += 1
         assert cache.rewind(new) == kept == cache.layers[0].length == cache.layers[1].length
     for new, kept in ((ids[:, :3], 2), (torch.cat((ids, ids), dim=1), 6), (ids[:1], 0)):
-        cache = Cache(2, 16)
+        cache = KVCache(2, 16)
         cache.ids = ids
         assert cache.rewind(new) == kept
 

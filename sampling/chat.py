@@ -9,7 +9,7 @@ from contextlib import suppress
 from common.command_line import UserError
 from common.files import write_file
 from common.settings import check_range
-from gpt import Cache
+from gpt import KVCache
 from models.folders import RANGES
 from sampling.text import generate_text, last_part, print_stream, printable
 
@@ -28,7 +28,7 @@ class Chat:
         self.model, self.tok, self.cfg = model, tok, cfg
         if tok.vocab_size > model.config.padded_vocab_size:
             raise UserError("this base model has no chat tokens; sft.py makes a chat model of it")
-        self.cache = Cache(len(model.blocks), model.config.block_size)
+        self.cache = KVCache(len(model.blocks), model.config.block_size)
         self.begin(cfg.system)
 
     def begin(self, system):

@@ -17,7 +17,7 @@ from test_scripts import curve, settings, weights
 from test_training import GivenData, keep_gradients, make_trainer, uneven_batches
 
 import pretrain
-from gpt import KVCache, linear_cross_entropy
+from gpt import LayerCache, linear_cross_entropy
 from test_gpt import make, random_ids
 
 pytestmark = pytest.mark.numeric
@@ -104,7 +104,7 @@ def in_bfloat16(model, way):
 @torch.no_grad()
 def test_cached_logits_are_near_the_uncached_ones(arch, way):
     model = make(arch, scale=1)
-    ids, caches = random_ids(model, 2, 20), [KVCache(64) for _ in model.blocks]
+    ids, caches = random_ids(model, 2, 20), [LayerCache(64) for _ in model.blocks]
     with in_bfloat16(model, way):
         parts = [model(part, caches=caches) for part in ids.split([7, 1, 2, 5, 5], dim=1)]
         whole = model(ids)

@@ -19,7 +19,7 @@ import sft
 from common import cpu, device, files
 from common.command_line import UserError, run_main
 from common.settings import configure
-from gpt import GPT, Cache, GPTConfig, linear_cross_entropy
+from gpt import GPT, KVCache, GPTConfig, linear_cross_entropy
 from models import hf
 from models.load import from_pretrained
 from test_gpt import make, random_ids
@@ -243,7 +243,7 @@ def test_a_backup_beside_a_model_or_a_set_is_left_alone(place):
 def test_a_prompt_or_token_that_is_interrupted_leaves_the_cache_right(arch, step, next_is):
     model = make(arch, block_size=64)
     ids, calls = random_ids(model, 1, 40), itertools.count()
-    cache = Cache(len(model.blocks), 64)
+    cache = KVCache(len(model.blocks), 64)
     list(model.generate(ids[:, :10], 4, temperature=0, cache=cache))
 
     def interrupt(*words):
