@@ -44,7 +44,7 @@ from common.command_line import UserError, run_main  # first: reports Ctrl-C
 
 import torch
 
-from common.device import choose_device, choose_dtype
+from common.device import autocast, choose_device, choose_dtype
 from common.settings import check_ranges, configure
 from corpus.clean import Rules, clean_document
 from corpus.files import Dropped, find_files
@@ -67,7 +67,7 @@ def load(cfg):
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device.type)
     print(f"[{path}, {device}, {str(dtype)[6:]}]")
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), autocast(device, dtype):
         yield model.to(device).eval(), tok
 
 

@@ -56,9 +56,9 @@ from tqdm import tqdm
 
 from common.cpu import cpu_count
 from common.settings import check_ranges, configure
-from corpus.clean import Rules, clean_document, identity, to_simplified
+from corpus.clean import Rules, clean_document, identity, simplifier
 from corpus.counts import Counts, format_counts
-from corpus.files import Dropped, find_files
+from corpus.files import Dropped, find_files, first_reason
 from corpus.hub import download
 from corpus.near_duplicates import signature
 from corpus.pool import map_batches
@@ -86,8 +86,8 @@ RECORDED = ("val_fraction", "sample", "max_docs", "field", "lines", "evidence", 
 def parse_sources(words, val="", default=""):
     """Return the sources of words, which are names of sources, each followed by its paths.
 
-    A path that is also the name of a source is a path after that name, and where the first path of
-    another stands.
+    A word that is both the name of a source and an existing path is taken as a path after its own
+    name, and directly after the name of another source.
     val: path of the validation split; default: the source of paths that come first.
     """
     paths = {}
@@ -128,8 +128,8 @@ def source_files(source, paths):
     """Return the files of a source: in paths, else in data/raw/<source>/, else from the hub."""
     raw, known = Path("data") / "raw" / source, SOURCES[source]
     if not paths and not (raw.is_dir() and any(p.name[0] != "." for p in raw.iterdir())):
-        patterns = WIKI_FOLDERS if source == "wiki" else ()
-        paths = next(filter(None, (sorted(map(str, Path().glob(p))) for p in patterns)), [])
+        for pattern in WIKI_FOLDERS if source == "wiki" else ():
+            paths = paths or sorted(map(str, Path().glob(pattern)))
         advice = f"put {known.what} there, or run: python prepare.py {source} PATH"
         if paths:
             print(f"{raw} is empty; reading {', '.join(paths[:3])}")
@@ -178,7 +178,7 @@ def worker_settings(cfg, sources, **more):
     """Return what the functions below need, in a form that can be sent to a process. Without the
     setting, .workers is one per core and 4 MB of files, because a start takes 0.5 s."""
     if cfg.simplify:
-        to_simplified("")  # raises its UserError here and not in a worker if opencc is missing
+        simplifier()  # raises its UserError here, not in a worker, if opencc is missing
     size = sum(os.path.getsize(f) for _, files, _ in sources for f in files)
     more |= dict(rules=Rules(cfg.min_chars, cfg.min_chinese, cfg.simplify),
                  threshold=int(cfg.val_fraction * 2**64),
@@ -295,8 +295,8 @@ def sample_texts(rows, max_chars, dropped):
     for reason, key, text in rows:
         if reason == "held out":
             held_out.add(key)
-        reason = reason or ("held out" if key in held_out else
-                            "not in the sample" if key >= limit else "")
+        reason = reason or first_reason({
+            "held out": key in held_out, "not in the sample": key >= limit})
         if reason:
             dropped[reason] += 1
         elif key not in kept:
@@ -328,7 +328,7 @@ def prepare_tokenizer(words, cfg):
 def prepare_demo(words, cfg):
     """Prepare data/demo (articles, and the dialogues as plain text) and data/demo_chat, which share
     one tokenizer."""
-    if given := [*words, cfg.val][0]:
+    if given := words[0] if words else cfg.val:
         raise UserError(f"demo is the embedded text and takes no path ({given})")
     name, chat = cfg.name or "demo", [("chat", [str(DEMO / "chat.jsonl")], "")]
     text = [("wiki", find_files([DEMO / "wiki_zh"], SOURCES["wiki"].wanted), ""), *chat]
@@ -359,6 +359,7 @@ def prepare_sources(words, cfg):
 
 
 def main(argv=None):
+    """Run the command that the command line names, or prepare a set of sources."""
     cfg, words = configure(__file__, argv, files=False)
     check_ranges(cfg, RANGES)
     if cfg.name in (".", "..", "raw") or Path(cfg.name).name != cfg.name or (

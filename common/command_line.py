@@ -2,6 +2,7 @@
 import errno
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -57,6 +58,20 @@ def fail(name, message, code):
     """Print `name: message` as one line; return the exit code."""
     print(f"{name}: {' '.join(str(message).splitlines())}", file=sys.stderr)
     return code
+
+
+def first_line(error):
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def optional_package(feature, package):
+    """Report as a UserError that a feature needs a package which is not installed."""
+    try:
+        yield
+    except ImportError as e:
+        raise UserError(f"{feature} needs {package}: pip install {package}") from e
 
 
 def is_out_of_memory(error):

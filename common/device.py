@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from common.command_line import UserError
+from common.command_line import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PEAK_FLOPS = {  # dense bfloat16 FLOP/s by words of the card's name; the first match counts
@@ -27,7 +27,7 @@ def choose_device(name):
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as e:
-        reason = str(e).splitlines()[0].partition(". ")[0]  # PyTorch adds advice to its developers
+        reason = first_line(e).partition(". ")[0]  # PyTorch adds advice to its developers
         raise UserError(f"device={name} can't be used here ({reason})") from e
     return device
 
@@ -35,9 +35,8 @@ def choose_device(name):
 def choose_dtype(name, device_type):
     """Return the torch.dtype of a name or "auto".
 
-    auto is bfloat16 or float16 on CUDA, bfloat16 on CPUs with its instructions, else float32.
-
-    The tests set the environment variable AUTO_DTYPE (one of DTYPES) to choose what "auto" means.
+    auto is bfloat16 or float16 on CUDA, bfloat16 on CPUs with its instructions, else float32. The
+    tests set the environment variable AUTO_DTYPE (one of DTYPES) to choose what "auto" means.
     """
     name = os.environ.get("AUTO_DTYPE", name) if name == "auto" else name
     if name in DTYPES:
@@ -51,6 +50,11 @@ def choose_dtype(name, device_type):
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     native = device_type == "cpu" and check is not None and check()
     return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device, dtype):
+    """Return the context in which a model computes in dtype; with float32 it does nothing."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def to_device(tensor, device):

@@ -33,6 +33,11 @@ def write_file(path, content):
         f.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path, value):
+    """Write a value as indented JSON, atomically."""
+    write_file(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
 def read_json(path):
     """Return the object in a JSON file; {} if there is none or it can't be read."""
     try:
@@ -79,7 +84,7 @@ def replace_folder(part, folder):
 
 
 def current_folder(folder):
-    """Return `folder`, or `folder`.replaced where a killed replace_folder left only that."""
+    """Return `folder`, or `folder`.replaced if a killed replace_folder left only that."""
     old = Path(f"{folder}.replaced")
     return old if old.is_dir() and not Path(folder).exists() else Path(folder)
 

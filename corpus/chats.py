@@ -11,10 +11,10 @@ import re
 from contextlib import suppress
 from functools import lru_cache
 
-from corpus.files import MAX_CHARS, Dropped
+from corpus.files import MAX_CHARS, Dropped, first_reason
 from corpus.records import records
 
-# ---- names, as normal() writes them ----
+# ---- names, as normalize() writes them ----
 
 ROLES = {  # of speakers; "thought", "call": what the assistant thinks, its call of a tool
     "system": "system developer 系统", "thought": "inner_thoughts",
@@ -38,13 +38,12 @@ KEYS = {  # of a record; of several names of a part the first that has a value c
     "rejected": "rejected neg_resp response_rejected rejected_response non_preferred_output",
     "inside": "data paragraphs qas instances items train valid validation dev test",
     "images": "images image videos video audios audio", "passages": "evidences passages"}
-ASKS = {"instruction", "question", "more"}
-UNTRAINED = dict.fromkeys(("label", "kto_tag", "chosen"), ("false",)) | dict.fromkeys(
-    ("loss", "train", "weight"), ("false", "0", "0.0"))  # values that forbid to train on an answer
+ASKS = {"instruction", "question", "more"}  # the parts of a question
+NO, ZERO = ("false",), ("false", "0", "0.0")  # marks that forbid to train on an answer
+UNTRAINED = dict(label=NO, kto_tag=NO, chosen=NO, loss=ZERO, train=ZERO, weight=ZERO)
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
-PARTS = {name: [part for part in KEYS if name in KEYS[part].split()]
-         for names in KEYS.values() for name in names.split()}
-RANK = {name: i for i, name in enumerate(PARTS)}
+PART_OF = {name: part for part, names in KEYS.items() for name in names.split()}
+RANK = {name: i for i, name in enumerate(PART_OF)}
 # "\nHuman: ", "### Human: ", "[|Human|]", "<|Human|>: ", "<human>: ", "<|im_start|>user\n"
 NAMES = "|".join(sorted(ROLE_OF, key=len, reverse=True)).replace("_", "[ _]")
 SPEAKER = re.compile(rf"(?:(?:^|\n)[ \t]*|###? ?)({NAMES})[ \t]*[:：]"
@@ -59,16 +58,16 @@ def read_chat(name, stream, evidence=False, chosen=False):
 
     Records that are single messages form one dialogue: the whole file.
     """
-    found = []
+    lines = []  # (place, message)
     for place, record in records(name, stream):
-        if fields(record).get("role") in ROLES and "parent_id" not in record:  # that is a tree
-            found.append((place, record))
+        if fields(record).get("role") in ROLES and "parent_id" not in record:  # else a tree
+            lines.append((place, record))
         elif isinstance(record, Dropped):
             yield place, record
         else:
             yield from ((place, one) for one in dialogues(record, evidence, chosen))
-    if found:
-        yield found[0][0], dialogue([record for _, record in found])
+    if lines:
+        yield lines[0][0], make_dialogue([message for _, message in lines])
 
 
 def dialogues(record, evidence=False, chosen=False):
@@ -78,43 +77,56 @@ def dialogues(record, evidence=False, chosen=False):
     chosen: of a chosen and a rejected answer take the chosen one.
     """
     try:
-        yield from (dialogue(item, chosen) for item in items(record, evidence))
+        yield from (make_dialogue(item, chosen) for item in split_record(record, evidence, {}))
     except (RecursionError, ValueError):  # ValueError: an integer of too many digits
         yield Dropped("no messages", "nested too deeply, or a number is too long")
 
 
-def items(record, evidence, outer={}):
-    """Yield for each dialogue in a record its fields, or the list of its messages. A record is one
-    dialogue or holds several: a list, {"train": [...]}, SQuAD's data, WebQA's {id: question}.
+def split_record(record, evidence, outer):
+    """Yield for each dialogue in a record its fields, or the list of its messages.
 
-    outer: the fields around it that belong to it, and as "key" where it stands in the record.
+    outer: the fields around the record that belong to it, and as "key" where it stands.
     """
-    record, inside = parsed(record), []
+    record = parsed(record)
     item = outer | fields(record)
-    if isinstance(record, list):
-        one = all(isinstance(v, str) or "role" in fields(parsed(v)) for v in record)
-        inside = [] if one else list(enumerate(record, 1))
-    elif isinstance(record, dict) and not item.keys() & {"messages", "answer", "chosen"}:
-        ids = all(isinstance(v, dict) for v in record.values())
-        inside = [(k, v) for k, v in record.items()
-                  if ids or "inside" in PARTS.get(normal(k), ()) and rows(v)]
+    inside = records_inside(record, item)
     for key, value in inside:
         shared = {k: item[k] for k in ("instruction", "system", "context") if k in item}
-        yield from items(value, evidence, shared | dict(key=f"{item.get('key', '')}{key}: "))
+        shared["key"] = f"{item.get('key', '')}{key}: "
+        yield from split_record(value, evidence, shared)
     if not inside:
-        yield from with_evidence(item, evidence) if isinstance(record, dict) else [record]
+        yield from questions(item, evidence) if isinstance(record, dict) else [record]
 
 
-def with_evidence(item, evidence):
-    """Yield the fields of a question; with evidence the text that it is about stands in front of
-    it, and each passage of WebQA gives one. (The context of an instruction is always read.)"""
-    passages = [fields(p) for p in rows(item.get("passages")) if "answer" not in item]
-    if passages and not evidence:
+def records_inside(record, item):
+    """Return [(key, record)] of the records in a record with the fields item; [] of one dialogue.
+    """
+    if isinstance(record, list):  # of strings or of messages: one dialogue
+        is_one = all(isinstance(v, str) or "role" in fields(parsed(v)) for v in record)
+        return [] if is_one else list(enumerate(record, 1))
+    if not isinstance(record, dict) or item.keys() & {"messages", "answer", "chosen"}:
+        return []
+    by_id = all(isinstance(v, dict) for v in record.values())  # WebQA: {id: question}
+    # {"train": [...]}; SQuAD: {"data": [{"paragraphs": [{"context": "...", "qas": [...]}]}]}
+    return [(k, v) for k, v in record.items()
+            if by_id or PART_OF.get(normalize(k)) == "inside" and as_list(v)]
+
+
+def questions(item, evidence):
+    """Yield the fields of a question; of WebQA's, with evidence, for each of its passages.
+
+    evidence: put the text that a question is about in front of it. (The context of an instruction
+    is always read.)
+    """
+    # {"question": "Q", "evidences": {"1": {"answer": ["A"], "evidence": "..."}, ...}}
+    passages = [] if "answer" in item else [fields(p) for p in as_list(item.get("passages"))]
+    if passages and not evidence:  # one question; the first answer that is not blank counts
         passages = [dict(answer=[p.get("answer") for p in passages])]
-    for one in (dict(question="") | p | item for p in passages) if passages else [item]:
-        context = (text(one.get("context"), first=True) or best_paragraph(one)) if evidence else ""
-        if context and one.get("question") and "instruction" not in one:
-            one |= dict(question=f"{context.strip()}\n\n{text(one['question'], first=True)}")
+    for one in [dict(question="") | p | item for p in passages] or [item]:
+        if evidence and one.get("question") and "instruction" not in one:
+            context = text_of(one.get("context"), first=True) or best_paragraph(one)
+            if context:
+                one["question"] = f"{context.strip()}\n\n{text_of(one['question'], first=True)}"
         yield one
 
 
@@ -122,10 +134,10 @@ def best_paragraph(item):
     """Return the best paragraph of the selected document of a DuReader question, if it has one."""
     with suppress(KeyError, IndexError, TypeError, AttributeError, StopIteration):
         document = next(d for d in item["documents"] if d.get("is_selected"))
-        return text(document["paragraphs"][document.get("most_related_para", 0)])
+        return text_of(document["paragraphs"][document.get("most_related_para", 0)])
 
 
-def dialogue(item, chosen=False):
+def make_dialogue(item, chosen=False):
     """Return the dialogue of fields or of a list of messages; a Dropped if it can't be trained on.
     An answer that is marked as untrained becomes empty: cleaning ends the dialogue before it."""
     record = item if isinstance(item, dict) else {}
@@ -133,14 +145,14 @@ def dialogue(item, chosen=False):
     pair = found[-2:] if record and "messages" not in record else []  # its only question and answer
     answers = [m for m in found if m["role"] in ("assistant", "untrained")]
     unknown = {m["role"] for m in found} - {"system", "user", "assistant", "tool", "untrained"}
-    reason = (
-        "preference pair (see --chosen)" if "rejected" in record and not chosen else
-        "marked as untrained" if "untrained" in [*record, *(m["role"] for m in answers[:1])] else
-        "image or sound" if "images" in record or any("<image>" in m["content"] for m in found) else
-        "unknown role" if unknown else
-        "no question or no answer" if any(blank(m["content"]) for m in pair) else
-        "no answer" if all(blank(m["content"]) for m in answers) else
-        "too long" if sum(len(m["content"]) for m in found) > MAX_CHARS else "")
+    reason = first_reason({
+        "preference pair (see --chosen)": "rejected" in record and not chosen,
+        "marked as untrained": "untrained" in [*record, *(m["role"] for m in answers[:1])],
+        "image or sound": "images" in record or any("<image>" in m["content"] for m in found),
+        "unknown role": unknown,
+        "no question or no answer": any(is_blank(m["content"]) for m in pair),
+        "no answer": all(is_blank(m["content"]) for m in answers),
+        "too long": sum(len(m["content"]) for m in found) > MAX_CHARS})
     if reason:
         names = ", ".join(sorted(unknown) or record.get("names", ()))[:200] or "none"
         where = record.get("key", "") + reason
@@ -155,43 +167,48 @@ def messages(value, turn=0):
     that names its speakers, or a list of these. In a list strings alternate between the user and
     the assistant; turn=1: the assistant is first."""
     value = parsed(value)
-    if not rows(value):
-        return from_fields(fields(value)) if isinstance(value, dict) else spoken(value)
+    turns = as_list(value)
+    if not turns:
+        return from_fields(fields(value)) if isinstance(value, dict) else transcript(value)
     found = []
-    for i, one in enumerate(rows(value), turn):
+    for i, one in enumerate(turns, turn):
         item = fields(parsed(one))
-        one = item.get("content", one) if item.keys() <= {"names", "content"} else one
-        if isinstance(one, str) and not (item.keys() - {"names", "content"} or SPEAKER.match(one)):
+        no_role = item.keys() <= {"names", "content"}  # "Q", or {"message": "Q"}
+        one = item.get("content", one) if no_role else one
+        if no_role and isinstance(one, str) and not SPEAKER.match(one):
             found.append(dict(role=("user", "assistant")[i % 2], content=one))
         elif one is not None:
             found += messages(one)
     return found
 
 
-def spoken(value):
-    """Return the messages of a text that names its speakers ("Human: ..."), [] of another value.
-    What stands before the first is the system message. Other names than the first and, of the other
-    roles, the last are part of the text: a message may quote a dialogue."""
+def transcript(value):
+    r"""Return the messages of a text that names its speakers, [] of another value.
+
+    "You help.\nHuman: Q\nAssistant: A" gives a system, a user and an assistant message. Each role
+    keeps one name, the first speaker the first and the other roles their last: other names are part
+    of the text, because a message may quote a dialogue.
+    """
     value = ENDS.sub("", value) if isinstance(value, str) else ""
-    marks = [(ROLE_OF[normal(m[m.lastindex])], (m.lastindex, m[m.lastindex]), m.span())
-             for m in SPEAKER.finditer(value)]
-    names = {role: name for role, name, _ in [*marks, *marks[:1]]}
-    marks = [(role, *span) for role, name, span in marks if name == names[role]]
-    head, thought = value[:marks[0][1]].strip() if marks else "", ""
+    marks = [(ROLE_OF[normalize(m[1] or m[2])], m) for m in SPEAKER.finditer(value)]
+    names = {role: m.groups() for role, m in [*marks, *marks[:1]]}
+    marks = [(role, m) for role, m in marks if m.groups() == names[role]]
+    ends = [*(m.start() for _, m in marks), None]  # of the text before each mark; of the last one
+    head, thought = value[:ends[0]].strip() if marks else "", ""
     found = [dict(role="system", content=head)] if head else []
-    for (role, _, begin), (_, end, _) in zip(marks, [*marks[1:], ("", None, 0)]):
-        content = value[begin:end].strip()
+    for (role, mark), end in zip(marks, ends[1:]):
+        content = value[mark.end():end].strip()
         if role == "thought":
             thought = "" if content == "None" else content
         elif content != "None":  # MOSS: no tool
-            found.append(message(dict(role=role, content=content, thought=thought)))
+            found.append(make_message(dict(role=role, content=content, thought=thought)))
             thought = ""
     return found[:-1] if found[-1:] == [dict(role="user", content="")] else found
 
 
-def whole(value):
+def nested_messages(value):
     """Return the messages of a question or an answer that is itself made of messages, else []."""
-    first = (rows(value) or [parsed(value)])[0]
+    first = (as_list(value) or [parsed(value)])[0]
     return messages(value) if fields(first).keys() & {"role", "messages"} else []
 
 
@@ -199,66 +216,70 @@ def from_fields(item):
     """Return the messages of an object: one message, or a system message and a dialogue. A question
     or an answer that is missing is ""."""
     if "role" in item:
-        return [message(item)]
-    said = item.get("content", item.get("context"))
-    if item.keys() & ASKS:
+        return [make_message(item)]
+    text = item.get("content", item.get("context"))
+    if item.keys() & ASKS:  # {"input": "Q", "content": "A"}
         item = dict(answer=item.get("content")) | item
     elif not {"title", "question"} & {*item, *item.get("names", ())}:  # a title: of an article
-        item = item | {"history" if isinstance(said, list) else "question": said}
+        item = item | {"history" if isinstance(text, list) else "question": text}
     question, answer = item.get("question"), item.get("chosen", item.get("answer"))
-    found = messages(rows(item.get("messages")))
-    if not found and (answer is None or not any(map(item.get, ASKS))):  # one text may be all
-        texts = map(item.get, ("question", "more", "chosen", "content", "messages"))
-        found = next((alone for alone in map(spoken, texts) if len(alone) > 1), [])
-    if not found and type(question) is type(answer) is list and not whole(question):
+    found = messages(as_list(item.get("messages")))
+    if not found and (answer is None or not any(map(item.get, ASKS))):  # {"text": "Human: Q ..."}
+        texts = [item.get(k) for k in ("question", "more", "chosen", "content", "messages")]
+        found = next((said for said in map(transcript, texts) if len(said) > 1), [])
+    # {"src": ["Q1", "Q2"], "tgt": ["A1", "A2"]}
+    if not found and type(question) is type(answer) is list and not nested_messages(question):
         found = messages(dict(question=question, answer=answer))
-    if not found or "messages" in item and "chosen" in item:
-        answered = whole(answer) or [reply(item, text(answer, first=True))]
-        repeated = any(m["role"] == "user" for m in answered)  # the answer repeats the question
-        found = answered if repeated else [*(found or asked(item)), *answered]
-    own = "system" not in item or found[0]["role"] == "system"
-    return found if own else [dict(role="system", content=text(item["system"])), *found]
+    if not found or "messages" in item and "chosen" in item:  # of a pair messages end before it
+        answered = nested_messages(answer) or [assistant_message(item, text_of(answer, first=True))]
+        if not any(m["role"] == "user" for m in answered):  # else it repeats the question
+            answered = [*(found or question_messages(item)), *answered]
+        found = answered
+    if "system" in item and found[0]["role"] != "system":
+        found = [dict(role="system", content=text_of(item["system"])), *found]
+    return found
 
 
-def asked(item):
-    """Return the messages of the history and the question with all that belongs to it. The question
-    of Belle holds all that was said before, and ends with "Assistant:"."""
-    parts = ("instruction", "question", "more", "context") if "instruction" in item else (
-        "question" if item.get("question") else "title", "more")
-    question = "\n".join(text(item[part], first=True) for part in parts if item.get(part))
-    belle = spoken(question) if question.rstrip()[-1:] in tuple(":：]>") else []
-    belle = belle[:-1] if belle and blank(belle[-1]["content"]) else []
-    now = whole(item.get("question")) or whole(item.get("more")) or belle or [
+def question_messages(item):
+    """Return the messages of the history and of the question with all that belongs to it."""
+    parts = ("instruction", "question", "more", "context")
+    if "instruction" not in item:
+        parts = ("question" if item.get("question") else "title", "more")
+    question = "\n".join(text_of(item[part], first=True) for part in parts if item.get(part))
+    # Belle's question holds the history: "Human: Q1\nAssistant: A1\nHuman: Q2\nAssistant:"
+    belle = transcript(question) if question.rstrip().endswith((":", "：", "]", ">")) else []
+    belle = belle[:-1] if belle and is_blank(belle[-1]["content"]) else []
+    now = nested_messages(item.get("question")) or nested_messages(item.get("more")) or belle or [
         dict(role="user", content=question)]
     history = parsed(item.get("history"))  # strings alternate up to the question, else the answer
-    before = messages(history, (len(rows(history)) + blank(question)) % 2)
-    return before if before and blank(question) else [*before, *now]
+    before = messages(history, (len(as_list(history)) + is_blank(question)) % 2)
+    return before if before and is_blank(question) else [*before, *now]
 
 
 # ---- single messages ----
 
-def message(item):
+def make_message(item):
     """Return {"role", "content"} of the fields of a message."""
     role, content = item["role"], item.get("content")
     if role in ("assistant", "call"):
-        return reply(item, as_calls(content) if role == "call" else text(content))
-    return dict(role=role, content=text(content))
+        return assistant_message(item, tool_calls(content) if role == "call" else text_of(content))
+    return dict(role=role, content=text_of(content))
 
 
-def reply(item, content):
+def assistant_message(item, content):
     """Return the assistant's message of a content and, in Qwen's form, the thought before it and
     the tool calls after it. Its role is "untrained" if the item is marked so."""
-    thought = text(item.get("thought")).strip()
-    content = "\n".join(filter(None, (content, as_calls(item.get("calls")))))
-    if thought and not blank(content) and "<think>" not in content:
+    thought = text_of(item.get("thought")).strip()
+    content = "\n".join(filter(None, (content, tool_calls(item.get("calls")))))
+    if thought and not is_blank(content) and "<think>" not in content:
         content = f"<think>\n{thought}\n</think>\n\n{content}"
     return dict(role="untrained" if "untrained" in item else "assistant", content=content)
 
 
-def as_calls(value):
+def tool_calls(value):
     """Return the text of tool calls: an object {"name", "arguments"}, a string, a list of these."""
-    value, calls = parsed(value), []
-    for call in value if isinstance(value, list) else [value] if value else []:
+    value, calls = parsed(value) or [], []
+    for call in value if isinstance(value, list) else [value]:
         if isinstance(call, dict):
             call = call["function"] if isinstance(call.get("function"), dict) else call
             call = json.dumps(call | dict(arguments=parsed(call.get("arguments"))),
@@ -271,43 +292,56 @@ def as_calls(value):
 
 def fields(record):
     """Return {part of KEYS: value} of a record's values that are not blank, its keys as "names",
-    and "untrained" if it is marked so; {} of a value that is no object."""
-    named, found = {}, dict(names=list(map(str, record))) if isinstance(record, dict) else {}
-    for name, value in zip(map(normal, record), record.values()) if found else ():
-        mark = value if name in UNTRAINED and not isinstance(value, (list, dict)) else None
-        if str(mark).lower() in UNTRAINED.get(name, ()):
+    and "untrained" if it is marked so; {} of a value that is no object.
+
+    {"input": "Q", "output": "A"} gives {"names": ["input", "output"], "more": "Q", "answer": "A"}.
+    """
+    if not isinstance(record, dict):
+        return {}
+    found, named = dict(names=list(map(str, record))), {}
+    for key, value in record.items():
+        name, is_scalar = normalize(key), not isinstance(value, (list, dict))
+        if is_scalar and name in UNTRAINED and str(value).lower() in UNTRAINED[name]:
             found["untrained"] = True
-        elif name in PARTS and not blank(value) or name == "desc":  # the content is an answer then
+        elif name in PART_OF and not is_blank(value) or name == "desc":  # then content is an answer
             named[name] = value
     for name in sorted(named, key=RANK.get, reverse=True):  # the first one is written last
-        found |= dict.fromkeys(PARTS[name], named[name])
-    role = normal(str(found.pop("role", "")))  # beside a question "from" is where it comes from
+        found[PART_OF[name]] = named[name]
+    role = normalize(str(found.pop("role", "")))  # beside a question "from" is where it comes from
     if role and not found.keys() & {"question", "answer", "messages"}:
         found["role"] = ROLE_OF.get(role) or ROLE_OF.get(role.partition("_")[0]) or role  # "GPT-4"
     return found
 
 
 @lru_cache(4096)
-def normal(name):
+def normalize(name):
     """Return a name in lower case and without signs: inner_thoughts for "Inner Thoughts"."""
     return re.sub(r"[\W_]+", "_", str(name).lower()).strip("_")
 
 
-def blank(value):
+def is_blank(value):
+    """Return whether a value says nothing: None, a bool, an empty list, <noinput> ..."""
     if isinstance(value, str):
         return value.strip().lower() in ("", "<noinput>", "<no input>", "no_answer")
     return isinstance(value, bool) or value in (None, [], {})
 
 
-def rows(value):
-    """Return the list in a value: itself, the values of an object of objects, the rows of a table
-    {key: list}, a turn of MOSS {"Human": "<|Human|>: ...", ...} as one text; else []."""
+def as_list(value):
+    """Return the list in a value, [] if there is none.
+
+    {"turn_1": {...}, "turn_2": {...}} gives the objects; a table {"role": [...], "content": [...]}
+    its rows; a turn of MOSS {"Human": "<|Human|>: Q", "MOSS": "<|MOSS|>: A"} one text of both.
+    """
     value = parsed(value)
-    kinds = set(map(type, value.values())) if isinstance(value, dict) else ()
-    turn = kinds == {str} and all(map(SPEAKER.match, value.values()))
-    return (value if isinstance(value, list) else list(value.values()) if kinds == {dict} else
-            [dict(zip(value, row)) for row in zip(*value.values())] if kinds == {list} else
-            ["\n".join(value.values())] if turn else [])
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else []
+    values = list(value.values())
+    kinds = set(map(type, values))
+    if kinds == {list}:
+        return [dict(zip(value, row)) for row in zip(*values)]
+    if kinds == {str} and all(map(SPEAKER.match, values)):
+        return ["\n".join(values)]
+    return values if kinds == {dict} else []
 
 
 def parsed(value):
@@ -320,12 +354,12 @@ def parsed(value):
     return value
 
 
-def text(value, first=False):
+def text_of(value, first=False):
     """Return the text of a string or number, of a part {"type", "text"}, of a list of parts; with
     first=True, of a list of alternatives the first that is not blank."""
     if isinstance(value, dict):
         value = fields(value).get("content", "<image>" if "type" in value else "")
     if isinstance(value, list):
-        texts = (text(v, first) for v in value)
-        return next((t for t in texts if not blank(t)), "") if first else "".join(texts)
+        texts = (text_of(v, first) for v in value)
+        return next((t for t in texts if not is_blank(t)), "") if first else "".join(texts)
     return "" if value is None or isinstance(value, (bool, dict)) else str(value)

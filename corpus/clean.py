@@ -6,11 +6,12 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from common.command_line import UserError
-from corpus.files import UNDECODABLE
+from common.command_line import optional_package
+from corpus.files import UNDECODABLE, first_reason
 from corpus.sources import WikiPage
 
 # control characters, byte order and direction marks, soft hyphens, surrogates
@@ -71,7 +72,7 @@ def clean(text):
 
 def cleaned(text, rules):
     """Return the cleaned text, with simplified characters if the rules say so."""
-    return to_simplified(clean(text)) if rules.simplify else clean(text)
+    return simplifier().convert(clean(text)) if rules.simplify else clean(text)
 
 
 def clean_document(doc, rules):
@@ -103,8 +104,9 @@ def clean_document(doc, rules):
                 or not BOILERPLATE.fullmatch(line.strip())]
         trimmed["boilerplate lines"] = len(lines) - len(kept)
         text = clean("\n".join(kept)) if len(kept) < len(lines) else text
-    reason = ("empty" if not text else "too short" if len(text) < rules.min_chars else
-              "little Chinese" if chinese_share(text) < rules.min_chinese else "")
+    reason = first_reason({
+        "empty": not text, "too short": len(text) < rules.min_chars,
+        "little Chinese": chinese_share(text) < rules.min_chinese})
     return text, reason, trimmed
 
 
@@ -138,12 +140,9 @@ def identity(doc):
     return doc if isinstance(doc, str) else "".join(f"{m['role']}\n{m['content']}\n" for m in doc)
 
 
-def to_simplified(text, converter=[]):
-    """Return the text with simplified characters; OpenCC converts words, not single characters."""
-    if not converter:
-        try:
-            from opencc import OpenCC
-        except ImportError as e:
-            raise UserError("simplify needs opencc: pip install opencc") from e
-        converter.append(OpenCC("t2s"))
-    return converter[0].convert(text)
+@cache
+def simplifier():
+    """Return OpenCC's converter to simplified characters; it converts words, not characters."""
+    with optional_package("simplify", "opencc"):
+        from opencc import OpenCC
+    return OpenCC("t2s")

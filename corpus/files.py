@@ -42,6 +42,11 @@ class Dropped:
     details: str = ""  # what is wrong, for the user; "" = reason says it
 
 
+def first_reason(reasons):
+    """Return the first of {reason: whether it holds} that holds, "" if none does."""
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
 def suffix(name):
     """Return the suffix that tells a file's format, in lower case: .jsonl for x.JSONL.gz."""
     stem, end = os.path.splitext(str(name))
@@ -174,7 +179,7 @@ def _buffered(name, raw):
 
 
 def read_each(files, wanted, read):
-    """Yield the (place, document) of read(name, stream) for every file; a read error is a Dropped."""
+    """Yield (place, document) of read(name, stream) for every file; a read error is a Dropped."""
     for path in files:
         try:
             for name, opened in open_files(path, wanted):
@@ -188,14 +193,16 @@ def read_each(files, wanted, read):
 
 
 def unreadable(error):
+    """Return the Dropped of a file from which a read error came."""
     if isinstance(error, UnknownEncoding):
         return Dropped("unknown encoding", str(error))
     what = str(error) or type(error).__name__
     return Dropped("unreadable file", f"can't be read further ({what})")
 
 
-def too_long(max_chars=MAX_CHARS):
-    return Dropped("too long", f"over {max_chars:,} characters")
+def too_long():
+    """Return the Dropped of a record or document of more than MAX_CHARS characters."""
+    return Dropped("too long", f"over {MAX_CHARS:,} characters")
 
 
 # ---- text ----
@@ -218,7 +225,7 @@ def read_lines(text, max_chars=MAX_CHARS):
 
 
 def text_parts(stream):
-    """Yield a whole text, or if it is longer than MAX_CHARS its parts, cut at line ends."""
+    """Yield the text of a stream; if it is longer than MAX_CHARS in parts, cut at line ends."""
     text, rest, whole = decoded(stream), "", True
     while len(part := rest + text.read(MAX_CHARS - len(rest))) == MAX_CHARS:
         cut = part.rfind("\n") + 1 or MAX_CHARS

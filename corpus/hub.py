@@ -14,15 +14,15 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from common.command_line import UserError
+from common.command_line import UserError, first_line
 from common.files import lock, replace
 
 
 def download(dataset, file, folder, advice):
     """Download a file into folder; an interrupted download is resumed by the next call.
 
-    The file gets its name only when it is complete and, where the hub tells its sha256, right.
-    UserError with advice: it can't be downloaded, or another process does that.
+    The file gets its name only when it is complete and, where the hub tells its sha256, verified.
+    UserError, which ends with advice: it can't be downloaded, or another process is doing it.
     """
     print(f"downloading {dataset} into {folder} (resumes if interrupted)", flush=True)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -30,10 +30,9 @@ def download(dataset, file, folder, advice):
         try:
             fetch(dataset, file, Path(folder))
         except Exception as e:  # the hub client raises errors of four libraries
-            reason = (str(e) or type(e).__name__).splitlines()[0]
             raise UserError(
-                f"{dataset} can't be downloaded ({type(e).__name__}: {reason}) into {folder}. Set "
-                f"HF_ENDPOINT to a mirror and start again; or {advice}") from e
+                f"{dataset} can't be downloaded ({type(e).__name__}: {first_line(e)}) into "
+                f"{folder}. Set HF_ENDPOINT to a mirror and start again; or {advice}") from e
 
 
 def fetch(dataset, file, folder):

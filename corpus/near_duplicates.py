@@ -3,7 +3,7 @@
 Found by MinHash and locality-sensitive hashing (Broder 1997), as implemented in datasketch, which
 is an optional requirement and therefore imported late.
 """
-from common.command_line import UserError
+from common.command_line import optional_package
 
 N_PERMUTATIONS = 64   # hash functions of a signature; estimates similarity to about 0.1
 NGRAM = 5             # characters
@@ -20,10 +20,8 @@ def signature(text):
 
 
 def similarity_index(similarity):
-    """Return an index of signatures: query(signature) gives the keys of those that are at least
-    this similar (0 to 0.95), insert(key, signature) adds one."""
-    try:
+    """Return an index of signatures: query(signature) gives the keys of those that are
+    at least as similar as `similarity` (0 to 0.95), insert(key, signature) adds one."""
+    with optional_package("near_duplicates", "datasketch"):
         from datasketch import MinHashLSH
-    except ImportError as e:
-        raise UserError("near_duplicates needs datasketch: pip install datasketch") from e
     return MinHashLSH(similarity, N_PERMUTATIONS)

@@ -5,12 +5,11 @@
 What can't be read is yielded as a Dropped in its place.
 """
 import csv
-import itertools
 import json
 import re
 from collections import deque
 
-from common.command_line import UserError
+from common.command_line import optional_package
 from corpus.files import (
     MAX_CHARS, READ_ERRORS, UNDECODABLE, Dropped, decoded, head_of, read_lines, suffix, too_long,
     unreadable)
@@ -24,6 +23,8 @@ MAX_BAD = 1000  # values of such a file that are not JSON, before the rest is gi
 START = re.compile(r'\[|\{\s*("[^"\\]*")?')  # the bracket and first key of a value
 FIRST_LINE = re.compile(r"\s*[^\r\n]*")
 DECODER = json.JSONDecoder()
+BAD_ENCODING = Dropped(
+    "bad encoding", "bad encoding: bytes or half a surrogate pair (\\ud83d) that are no character")
 csv.field_size_limit(MAX_CHARS)
 
 
@@ -33,8 +34,8 @@ def records(name, stream):
         yield from arrow_rows(name, stream, suffix(name))
         return
     head = head_of(stream)
-    form = form_of(name, head)
-    if form == "table" or form == "text" and "\t" in FIRST_LINE.match(head)[0]:
+    form, has_tab = form_of(name, head), "\t" in FIRST_LINE.match(head)[0]
+    if form == "table" or form == "text" and has_tab:
         yield from csv_rows(name, decoded(stream, newline=""), delimiter_of(name, head))
     elif form == "JSON lines":
         yield from json_lines(name, decoded(stream, newline="\n"))
@@ -44,14 +45,14 @@ def records(name, stream):
 
 def form_of(name, head):
     """Return the form of a file that begins like this: "table", "JSON lines", "JSON" or "text"."""
-    kind, first, second = suffix(name), *_first_lines(head)
+    kind, (first, second) = suffix(name), _first_lines(head)
     if kind in (".csv", ".tsv"):
         return "table"
     if kind not in RECORDS and not _begins_with_record(head):
         return "text"
-    if first[:1] == "[":  # a list on each line, or one over several lines
+    if first[:1] == "[":  # a list on each line, or one list over several lines
         by_line = _is_value(first) and second[:1] == "["
-    else:
+    else:  # either line may be damaged; "{" alone begins a value over several lines
         by_line = (_is_value(second) or second not in ("", "{") and _is_value(first)
                    or kind == ".jsonl" and not _is_value(head, whole=False))
     return "JSON lines" if by_line else "JSON"
@@ -91,34 +92,34 @@ def json_lines(name, text):
             yield place, too_long()
         elif line := line.strip("\ufeff \t\r\n"):
             try:
-                yield place, _sound(json.loads(line.removesuffix(",")), line)
+                yield place, _if_encodable(json.loads(line.removesuffix(",")), line)
             except (ValueError, RecursionError) as e:
                 yield place, _not_json(e)
 
 
 def _not_json(error, more=""):
-    what = "nested too deeply" if isinstance(error, RecursionError) else (
-        f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error)
+    what = "nested too deeply" if isinstance(error, RecursionError) else error
+    if isinstance(error, json.JSONDecodeError):
+        what = f"{error.msg}, column {error.colno}"
     return Dropped("not JSON", f"not JSON ({what}){more}")
 
 
-def _sound(value, source):
-    """Return the value read from source, or a Dropped if a part of it is no character."""
+def _if_encodable(value, source):
+    """Return the value read from source, or BAD_ENCODING if a part of it is no character."""
     if UNDECODABLE in source or "\\ud" in source or "\\uD" in source:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError):
-            return Dropped("bad encoding", "bad encoding: bytes or half a surrogate pair (\\ud83d) "
-                           "that are no character")
+            return BAD_ENCODING
     return value
 
 
 def json_values(name, text):
     """Yield (place, value) of each value that split_values finds."""
-    pieces, read_error, line, counted = [], None, 1, 0
+    pieces, read_error, line, counted = [], None, 1, 0  # line: that of source[counted]
     try:  # what was read before an error stays
-        pieces.extend(itertools.islice(iter(lambda: text.read(2**20), ""),
-                                       MAX_JSON_CHARS // 2**20 + 1))
+        while len(pieces) <= MAX_JSON_CHARS // 2**20 and (piece := text.read(2**20)):
+            pieces.append(piece)
     except READ_ERRORS as e:
         read_error = e
     source = "".join(pieces)
@@ -128,6 +129,7 @@ def json_values(name, text):
         return
     try:
         for at, value in split_values(source):
+            # forward, or back: after an error reading goes on before the place it names
             line += source.count("\n", counted, at) - source.count("\n", at, counted)
             counted = at
             yield f"{name}:{line}", value
@@ -143,8 +145,9 @@ def split_values(source):
     """Yield (its beginning in source, value) of each element of an array, and of values one after
     the other; of an object with a list under "data" (SQuAD), the elements of that list.
 
-    A value that is not JSON gives a Dropped, and reading goes on where one begins like the first;
-    its error is raised if none does.
+    A value that is not JSON gives a Dropped, and reading goes on where the text looks like the
+    beginning of the first value: in [{"id": 1}, {"id": }, {"id": 3}] at the third. If it does so
+    nowhere, the error is raised.
     """
     at, in_array, start, bad = BLANKS.match(source).end(), False, None, 0
     while at < len(source):
@@ -165,7 +168,7 @@ def split_values(source):
                 yield getattr(e, "pos", at), _not_json(e)
                 at = after.start()
                 continue
-            value = _sound(value, source[at:end])
+            value = _if_encodable(value, source[at:end])
             data = value.get("data") if isinstance(value, dict) and not in_array else None
             yield from ((at, item) for item in (data if isinstance(data, list) else [value]))
         at = BLANKS.match(source, end).end()
@@ -201,7 +204,7 @@ def csv_rows(name, text, delimiter):
         if isinstance(row, Dropped):
             yield place, row
         elif UNDECODABLE in "".join(row):
-            yield place, _sound(row, UNDECODABLE)
+            yield place, BAD_ENCODING
         elif not any(row) or header is None and "".join(row) == "sep=":
             continue
         elif header is None:
@@ -217,8 +220,9 @@ def csv_rows(name, text, delimiter):
 
 
 def split_rows(name, text, delimiter):
-    """Yield (place, fields) of each row; quotes in fields are doubled, or behind a backslash. Of a
-    row that is not CSV only the first line is lost: its quote may not be closed."""
+    """Yield (place, fields) of each row. Quotes in fields are doubled, as in "a ""b"" c", or follow
+    a backslash. Of a row that is not CSV only the first line is dropped: where a quote is not
+    closed, the row would go on to the end of the file."""
     source = enumerate(read_lines(text), 1)
     again, taken = deque(), []  # (number, line): those to read once more, those of this row
 
@@ -236,9 +240,10 @@ def split_rows(name, text, delimiter):
             again.extendleft(reversed(taken))
             escape, failed = None if escape else "\\", failed + 1
             rows = csv.reader(feed(), delimiter=delimiter, escapechar=escape, strict=True)
-            if failed == 1:
+            if failed == 1:  # try the row with the other kind of quotes
                 continue
-            row, _ = Dropped("not CSV", f"not CSV ({e})"), again.popleft()
+            row = Dropped("not CSV", f"not CSV ({e})")
+            again.popleft()
         if row is None:
             return
         failed = 0
@@ -247,11 +252,9 @@ def split_rows(name, text, delimiter):
 
 def arrow_rows(name, stream, kind):
     """Yield (place, row) of a .parquet file, or of an .arrow shard as `datasets` saves it."""
-    try:
+    with optional_package(f"{name}: reading {kind}", "pyarrow"):
         import pyarrow as pa
         import pyarrow.parquet
-    except ImportError as e:
-        raise UserError(f"{name}: reading {kind} needs pyarrow: pip install pyarrow") from e
     number = 0
     try:
         if kind == ".parquet":

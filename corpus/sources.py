@@ -45,9 +45,11 @@ def titled(title, text):
 
 
 def record_text(record, field=""):
-    """Return the text of a record, or a Dropped. field: the key of the text, a string or a list of
-    lines; "" = the first of TEXT_KEYS that the record has. Its title is put above lines, and above
-    the text if no field is given."""
+    """Return the text of a record, or a Dropped.
+
+    field: the key of the text, which is a string or a list of lines; "" = the first of TEXT_KEYS
+    that the record has. The title is put above lines, and above a string if no field is given.
+    """
     if isinstance(record, (str, Dropped)):
         return record
     if isinstance(record, dict):
@@ -147,11 +149,12 @@ def dump_pages(name, stream):
 def article(title, page):
     """Return the WikiPage of a page {element: its text}, or a Dropped if it is not an article."""
     text = page.get("text", "")
-    reason = ("other namespace" if page.get("ns", "0").strip() != "0" else
-              "redirect" if "redirect" in page or REDIRECT.match(text) else
-              "disambiguation" if DISAMBIGUATION.search(text) else "")
-    if reason:
-        return Dropped(reason)
+    if page.get("ns", "0").strip() != "0":
+        return Dropped("other namespace")
+    if "redirect" in page or REDIRECT.match(text):
+        return Dropped("redirect")
+    if DISAMBIGUATION.search(text):
+        return Dropped("disambiguation")
     return WikiPage(title, text, in_wikitext=True) if len(text) <= MAX_CHARS else too_long()
 
 
@@ -199,7 +202,7 @@ class Source:
     kind: str           # "text" or "chat"
     read: Callable      # (name, stream, **options) -> (place, document) of each
     endings: tuple      # suffixes of its files; "wiki" = names like wiki_00
-    what: str           # description of the files that belong into data/raw/<source>/
+    what: str           # description of the files that belong in data/raw/<source>/
     hub: tuple = ()     # (dataset, file) to download if data/raw/<source>/ is empty
 
     def wanted(self, name):

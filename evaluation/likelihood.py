@@ -93,8 +93,7 @@ def choose(model, tok, prompts, begin, batch_size):
     prompts: a list of (prompt, answers). The log-likelihood is divided by the number of characters
     of the answer, as in lm-eval's acc_norm. UserError: the loss is not finite.
     """
-    context = model.config.block_size
-    encoded = [encode_rows(tok, *prompt, begin, context) for prompt in prompts]
+    encoded = [encode_rows(tok, *prompt, begin, model.config.block_size) for prompt in prompts]
     sums = likelihoods(model, [row for rows, _ in encoded for row in rows], batch_size)
     if not all(map(math.isfinite, sums)):
         raise UserError("the model's loss is not finite; --dtype=float32 may help")

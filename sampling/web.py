@@ -10,7 +10,7 @@ import threading
 import time
 from types import SimpleNamespace
 
-from common.command_line import UserError
+from common.command_line import UserError, optional_package
 from sampling.chat import Chat
 
 # read by gradio at import and at launch, when it requests its own page: not through a proxy
@@ -118,10 +118,8 @@ def build_page(gr, chat):
 def serve(chat):
     """Serve the page until Ctrl-C."""
     os.environ |= GRADIO_ENV
-    try:
+    with optional_package("the chat page", "gradio"):
         import gradio as gr
-    except ImportError as e:
-        raise UserError("the chat page needs gradio: pip install gradio") from e
     show_as_text(gr.Chatbot)
     page, port = build_page(gr, chat), chat.cfg.port
     theme = gr.themes.Default(font=gr.themes.Font("system-ui"),

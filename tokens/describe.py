@@ -2,15 +2,14 @@
 
 Everything is computed from the bins, so that a wrong loss mask or a wrong token becomes visible.
 """
-import io
 import os
 import sys
 from collections import Counter
 
 import numpy as np
 
-from common.command_line import UserError
-from common.files import write_file
+from common.command_line import UserError, optional_package
+from common.files import atomic_file
 from tokens.bins import SPLITS, Bins
 
 SHOWN_TOKENS = 120        # of a document at most
@@ -186,10 +185,8 @@ def print_words(texts):
 
 def draw(file, lengths, counts):
     """Draw the document lengths, and how often tokens are used by rank."""
-    try:
+    with optional_package("plot", "matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError("plot needs matplotlib: pip install matplotlib") from e
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.hist(lengths, bins=np.logspace(0, np.log10(lengths.max() + 1), 60))
@@ -197,7 +194,6 @@ def draw(file, lengths, counts):
     used = np.sort(counts[counts > 0])[::-1]
     right.loglog(np.arange(1, len(used) + 1), used)
     right.set(xlabel="rank of the token", ylabel="times used")
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120)
-    write_file(file, png.getvalue())
+    with atomic_file(file) as f:
+        figure.savefig(f, format="png", dpi=120)
     print(f"drew {file}")

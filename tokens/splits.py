@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.command_line import UserError
+from corpus.files import first_reason
 from corpus.near_duplicates import similarity_index
 from corpus.sources import SOURCES
 from tokens.bins import SPLITS
@@ -21,9 +22,9 @@ NAMES = dict(train="train", training="train", 训练集="train", dev="val", val=
 
 
 def named_splits(source, files):
-    """Return {split: files} by the names of the files or their folders, as "me_train.json" and
-    "validation/data.arrow". {"": files} unless some are named for training and others for another
-    split: then say so; files without such a name are for training."""
+    """Return {split: files} by the names of the files or their folders, such as "me_train.json" and
+    "validation/data.arrow", and print it. Files without such a name are for training. Without both
+    files named for training and files named for another split: {"": files}."""
     paths, found = [Path(os.path.abspath(file)).parts for file in files], {}
     shared = len(os.path.commonprefix(paths))  # folders above all files tell nothing
     for file, (*folders, name) in zip(files, paths):
@@ -40,7 +41,7 @@ def named_splits(source, files):
 
 
 def split_of(given, key, threshold):
-    """Return the given split of a document; if it is "", that which its hash chooses."""
+    """Return the given split of a document; if it is "", the one that its hash chooses."""
     return given or ("val" if key < threshold else "train")
 
 
@@ -100,21 +101,17 @@ class SplitWriter:
                 self.out.add(split, ids[np.repeat(mask, lengths)], lengths[mask])
 
     def reason_to_drop(self, doc, split, foreign):
-        """Return why a document is not written, "" if it is. foreign: dialogues as plain text; the
-        chat set of the same has those of val in its val split, so this set must not have them."""
-        if split == "test":
-            return "test split"
-        if split == "train" and doc.key in self.held_out:
-            return "held out"
-        if doc.key in self.seen:
-            return "duplicate"
-        if split == "val" and foreign:
-            return "held out for the chat set"
-        if self.near and self.near.query(doc.signature):
-            return "near duplicate"
-        if self.near:
+        """Return why a document is not written, "" if it is. foreign: a dialogue as plain text; if
+        it is in the val split of the chat set of the same files, no other set may train on it."""
+        reason = first_reason({
+            "test split": split == "test",
+            "held out": split == "train" and doc.key in self.held_out,
+            "duplicate": doc.key in self.seen,
+            "held out for the chat set": split == "val" and foreign,
+            "near duplicate": self.near and self.near.query(doc.signature)})
+        if self.near and not reason:
             self.near.insert(doc.key, doc.signature)
-        return ""
+        return reason
 
     def hold_out_enough(self):
         """Hold out more if val_fraction gives too few documents of a set that is not LARGE.
