@@ -1,34 +1,34 @@
 """Compare speed and memory with nanoGPT and transformers, in alternating turns.
 
-    python bench.py train --vs=PATH_TO_NANOGPT    # a training step; without --vs ours alone
+    python bench.py train --vs=PATH_TO_NANOGPT    # a training step; without --vs only ours
     python bench.py train --profile               # where a step's time goes
     python bench.py sample --vs=PATH_TO_NANOGPT   # tokens a second, transformers too
     python bench.py prepare --vs=others --corpus=FILE.jsonl --tokenizer=FOLDER
-    python bench.py gpu --vs=PATH_TO_NANOGPT --minutes=8    # all that a GPU should show, in parts
-    python bench.py gpu train decode              # these parts alone
+    python bench.py gpu --vs=PATH_TO_NANOGPT --minutes=8    # all GPU measurements, in parts
+    python bench.py gpu train decode              # only these parts
 
-Each contender is a process of its own, so that its peak memory is its own, and works only in its
-turn. Weights and tokens are random: the work is the same as with real ones. The parts of `gpu`,
-in order of value: numerics, train, train_large_vocab, decode, fsdp, pretrain.
+Each contender runs in its own process, so that its peak memory is measured apart, and only one
+works at a time. Weights and tokens are random: the work is the same as with real ones. The parts of
+`gpu`, in order of value: numerics, train, train_large_vocab, decode, fsdp, pretrain.
 """
 # ---- comparison ----
 vs = ""               # folder of a nanoGPT checkout to compare with (prepare: any word)
 vs_dtype = ""         # nanoGPT's; "" = float32 on a CPU, where its scripts have no autocast
 rounds = 5            # turns of each
 # ---- model ----
-arch = "gpt2"         # ours alone can be qwen3
+arch = "gpt2"         # gpt2; qwen3 for ours only
 n_layer = 12
 n_head = 12
 n_embd = 768
 vocab_size = 151_680
 block_size = 256
 # ---- train ----
-batch_size = 8        # rows; 0 = the best of each, doubled until memory is full (GPU)
-steps = 2             # steps a turn
+batch_size = 8        # rows; 0 = the fastest of each contender, found by doubling (GPU)
+steps = 2             # steps in a turn
 optimizer = "adamw"   # ours: adamw or muon
 profile = False       # instead: a table of where a step of ours spends its time
 # ---- sample ----
-max_new_tokens = 200  # a turn
+max_new_tokens = 200  # tokens in a turn
 # ---- prepare ----
 corpus = ""           # JSON lines with a "text"
 tokenizer = ""        # folder with a tokenizer.json
@@ -42,7 +42,6 @@ device = "auto"
 dtype = "auto"        # of ours, and of the others but for vs_dtype
 compile = False       # a training step; the command gpu always compiles on a GPU
 
-import json
 import math
 import os
 import signal
@@ -64,7 +63,7 @@ from benchmarks.contenders import (
     train)
 from benchmarks.numerics import numeric_checks, numerics
 from common.device import choose_device
-from common.files import write_file
+from common.files import write_json
 from common.settings import check_ranges, configure
 
 MAX = 2**31 - 1
@@ -77,8 +76,9 @@ EQUAL_TOKENS = 32_768  # of the micro-batch at which memory is compared
 TABLE_HEAD = """
 | measured | contender | speed (range) | GiB | ours: times as fast (range), share of GiB | more |
 |---|---|---|---|---|---|"""
-# turns: {size: how many}, each kind of work says what a size is; settings: for those that the user
-# leaves at their defaults; share: of the time
+# work: a function of contenders.py; contenders: their names; turns: {size: number of turns}, where
+# the docstring of the work says what a size is; settings: values for the settings that the user has
+# not set; share: weight of the part in the division of the time
 Part = namedtuple("Part", "work contenders turns settings share", defaults=({}, 1))
 
 
@@ -122,8 +122,8 @@ def our_dtypes(cfg):
 def run_parts(cfg, parts, end):
     """Run the parts in order, at most until the time `end`; write cfg.out after each.
 
-    What an early part leaves of its time goes to the later ones. An error in a part does not end
-    the others; it is raised at the end.
+    Time that an early part does not use goes to the later ones. After an error in a part the others
+    still run; it is raised at the end.
     """
     device = choose_device(cfg.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -138,8 +138,7 @@ def run_parts(cfg, parts, end):
             results[name], more = try_part(cfg, name, part, now, seconds)
             rows += more
             Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(dict(machine=machine, parts=results), ensure_ascii=False, indent=1)
-            write_file(cfg.out, content + "\n")
+            write_json(cfg.out, dict(machine=machine, parts=results))
     finally:
         print(f"\n{describe(machine)}", TABLE_HEAD, *rows, sep="\n", flush=True)
     errors = [result["error"] for result in results.values() if result["error"]]
@@ -148,7 +147,8 @@ def run_parts(cfg, parts, end):
 
 
 def try_part(cfg, name, part, now, seconds):
-    """Run a part for so many seconds from now, unless they are too few -> as run_part."""
+    """Run a part for at most so many seconds from now; return what run_part returns. With fewer
+    than MIN_SECONDS the part is skipped."""
     if seconds < MIN_SECONDS:
         print(f"\n{name}: skipped, {max(0, seconds):.0f} s are left for it", flush=True)
         return dict(skipped="no time", error=""), []
@@ -162,7 +162,7 @@ def try_part(cfg, name, part, now, seconds):
 
 
 def run_part(cfg, name, part, end):
-    """Let the contenders take their turns -> (the results as JSON, rows of the table)."""
+    """Run all turns of the contenders; return (results for the JSON file, rows of the table)."""
     default = configure(__file__, [])[0]
     settings = vars(cfg) | {key: value for key, value in part.settings.items()
                             if getattr(cfg, key) == getattr(default, key)}
@@ -172,8 +172,8 @@ def run_part(cfg, name, part, end):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         contenders = [Contender(who, part.work, cfg, folder) for who in part.contenders]
         try:
-            for size in (size for size, times in part.turns.items() for _ in range(times)):
-                for contender in contenders:
+            for size, n_turns in part.turns.items():
+                for contender in contenders * n_turns:
                     contender.turn(size)
         finally:
             for contender in contenders:
@@ -196,39 +196,38 @@ def make_rows(name, part, cfg, contenders):
         done = [c for c in contenders if c.turns.get(size)]
         others = [c for c in done if not c.name.startswith("ours")]
         for c in done:
-            beside = [compare(c, other, size) for other in others if c not in others]
-            rows.append((c.name, *summarize(c.turns[size], "; ".join(beside))))
+            compared = [compare(c, other, size) for other in others if c not in others]
+            rows.append((c.name, *summarize(c.turns[size], "; ".join(compared))))
     rows += [(c.name, "", "", "", c.error) for c in contenders if c.error]
     return [f"| {' | '.join((name, *row))} |" for row in rows]
 
 
 def compare(ours, other, size):
-    """Return how many times as fast ours is (lowest and highest of a pair of turns), and its
-    share of the memory."""
+    """Return how many times as fast ours is (median, lowest and highest over pairs of turns), and
+    its share of the memory, where that is known."""
     pairs = [*zip(ours.turns[size], other.turns[size])]
     times = [a["rate"] / b["rate"] for a, b in pairs]
-    a, b = pairs[-1]
+    a, b = (turn.get("gib") for turn in pairs[-1])
     return (f"{other.name} {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-            + (f", {a['gib'] / b['gib']:.2f}" if a.get("gib") and b.get("gib") else ""))
+            + (f", {a / b:.2f}" if a and b else ""))
 
 
-def summarize(turns, beside):
-    """Return the cells of the table for turns of one size."""
+def summarize(turns, compared):
+    """Return the cells of the table for turns of one size; compared: the cell of compare()."""
     if "rate" not in turns[0]:  # numeric checks
         failed = "; ".join(turn["check"] for turn in turns if not turn["ok"])
         return "", "", "", f"{len(turns)} checks, failed: {failed or 'none'}"
-    rates, last = [turn["rate"] for turn in turns], dict(turns[-1])
-    del last["rate"]
-    gib = last.pop("gib", 0)
-    speed = f"{statistics.median(rates):,.1f} {last['unit']}"
+    rates, gib = [turn["rate"] for turn in turns], turns[-1].get("gib", 0)
+    speed = f"{statistics.median(rates):,.1f} {turns[-1]['unit']}"
     spread = f" ({min(rates):,.1f} to {max(rates):,.1f})" * (len(rates) > 1)
-    return speed + spread, f"{gib:.2f}" * (gib > 0), beside, describe(last)
+    others = {key: value for key, value in turns[-1].items() if key not in ("rate", "gib")}
+    return speed + spread, f"{gib:.2f}" * (gib > 0), compared, describe(others)
 
 
 # ---- starting ----
 
-def check(cfg, words):
-    """Refuse settings that no contender could work with."""
+def check_settings(cfg, words):
+    """Validate the settings before anything is measured."""
     check_ranges(cfg, RANGES)
     device = choose_device(cfg.device)
     if not cfg.batch_size and device.type != "cuda":
@@ -252,6 +251,7 @@ def check(cfg, words):
 
 
 def main():
+    """Run the command that the command line names."""
     began = time.monotonic()
     cfg, words = configure(__file__)
     if not words:
@@ -263,7 +263,7 @@ def main():
     for word in wanted:
         if word not in known:
             raise UserError(f"'{word}' is none of {', '.join(known)}" + ", gpu" * (wanted is words))
-    check(cfg, words)
+    check_settings(cfg, words)
     for name in ("vs", "corpus", "tokenizer", "out", "dataset"):  # contenders work elsewhere
         if getattr(cfg, name):
             setattr(cfg, name, str(Path(getattr(cfg, name)).resolve()))

@@ -277,7 +277,8 @@ class Trainer:
         ctx = self.ctx
         return dict(data=self.data.bins.fingerprint(), model=asdict(self.model.config),
                     tokenizer=self.data.tokenizer.fingerprint, device=str(ctx.device),
-                    dtype=str(ctx.dtype), processes=ctx.world_size, launches=sorted(ctx.launches), **more)
+                    dtype=str(ctx.dtype), processes=ctx.world_size,
+                    launches=sorted(ctx.launches), **more)
 
     def save_checkpoint(self):
         """Save all that the next step depends on and (seed, step) do not decide."""
@@ -384,6 +385,7 @@ def train(cfg, make_model, make_data, kind):
 
 @end_together
 def main():
+    """Pretrain as the command line says."""
     cfg, words = configure(__file__)
     check_settings(cfg, words)
     if train(cfg, make_model, TextData, "base"):

@@ -1,8 +1,8 @@
 """The contenders of bench.py: the child processes and the work they do in their turns.
 
-A kind of work is a function (name, cfg) -> turn. It runs in the child, gets ready and returns
-turn(size) -> dict, which does a turn of work and returns its numbers: "rate" with its "unit",
-"gib" (peak memory, 0 = unknown) and more to be shown. Weights and tokens are random.
+A kind of work is a function (name, cfg) that runs in the child, prepares a model or a script and
+returns a function turn(size), which does the work once and returns its numbers, a dict: "rate" with
+its "unit", "gib" (peak memory, 0 = unknown) and others to be shown. Weights and tokens are random.
 """
 import json
 import multiprocessing
@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from common.command_line import UserError, is_out_of_memory
-from common.device import DTYPES, choose_device, choose_dtype, peak_flops, peak_memory, synchronize
+from common.command_line import UserError, first_line, is_out_of_memory
+from common.device import (
+    DTYPES, autocast, choose_device, choose_dtype, peak_flops, peak_memory, synchronize)
 from gpt import GPT, GPTConfig
 from models.hf import save_pretrained
 from training.optim import configure_optimizers
@@ -52,8 +53,9 @@ class Contender:
         try:
             self.pipe.send(size)
             left = max(0, min(self.end - time.monotonic(), 10**6))  # poll() takes no infinity
-            late = "stopped at the time limit", None
-            self.error, result = self.pipe.recv() if self.pipe.poll(left) else late
+            self.error = "stopped at the time limit"
+            if self.pipe.poll(left):
+                self.error, result = self.pipe.recv()
         except (EOFError, OSError):
             self.error = "the process ended"
         if self.error:
@@ -71,7 +73,7 @@ class Contender:
 
 
 def serve(pipe, work, name, cfg, folder):
-    """Be the child: do a turn for every size that arrives; send (error, result)."""
+    """Run in the child: do a turn for each size received from the pipe; send (error, result)."""
     os.chdir(folder)
     with suppress(AttributeError):  # not on Windows
         os.setsid()  # a process group of its own, for kill()
@@ -101,12 +103,14 @@ def run_script(script, *words, cwd=".", seconds=None):
 
 
 def describe(result):
-    """Return the numbers of a turn as one line."""
+    """Return the numbers of a turn as one line: 1,200.5 tokens/s, 3.20 GiB, batch 8, loss 9.3."""
     formats = dict(rate=f"{{:,.1f}} {result.get('unit')}", gib="{:.2f} GiB", mfu="MFU {:.1%}")
-    return ", ".join(
-        formats.get(key, f"{key} {{:.4g}}" if isinstance(value, float) else f"{key} {{}}")
-        .format(value) for key, value in result.items()
-        if key != "unit" and (value or key not in ("gib", "mfu")))
+    texts = []
+    for key, value in result.items():
+        usual = f"{key} {{:.4g}}" if isinstance(value, float) else f"{key} {{}}"
+        if key != "unit" and (value or key not in ("gib", "mfu")):  # 0: unknown
+            texts.append(formats.get(key, usual).format(value))
+    return ", ".join(texts)
 
 
 def take_peak(device):
@@ -120,16 +124,19 @@ def take_peak(device):
 # ---- models ----
 
 def make_nanogpt(cfg):
+    """Return nanoGPT's model, from the checkout in cfg.vs."""
     sys.path.insert(0, cfg.vs)
     import model as nanogpt
     return nanogpt.GPT(nanogpt.GPTConfig(**pick(cfg, SHAPE), bias=True))
 
 
 def make_ours(cfg):
+    """Return our model of the same shape."""
     return GPT(GPTConfig(**pick(cfg, SHAPE), arch=cfg.arch))
 
 
 def pick(cfg, names):
+    """Return {name: value} of these settings."""
     return {name: getattr(cfg, name) for name in names}
 
 
@@ -139,10 +146,6 @@ def contender_dtype(name, cfg, device):
     if name == "nanoGPT":  # its train.py and sample.py use autocast on a GPU only
         dtype = cfg.vs_dtype or ("float32" if device.type == "cpu" else dtype)
     return DTYPES.get(name.split()[-1]) or choose_dtype(dtype, device.type)
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 # ---- train ----
@@ -205,7 +208,7 @@ def make_steps(trainer, cfg, device):
 
 def train(name, cfg):
     """Time training steps; the size of a turn is the tokens of a step, 0 = those of cfg.batch_size
-    or of the best one."""
+    or of the fastest batch size."""
     device = choose_device(cfg.device)
     if device.type == "cuda":  # the same limit for all; waiting contenders hold their weights
         torch.cuda.set_per_process_memory_fraction(0.9, device)
@@ -238,15 +241,15 @@ def train(name, cfg):
 
 
 def find_best_batch(run, block_size, device):
-    """Double the rows from 4,096 tokens on until memory is full -> (the fewest rows whose rate is
-    within 2 % of the highest, the most rows)."""
+    """Double the rows, from 4,096 tokens on, until memory is full; return (the fewest rows whose
+    rate is within 2 % of the highest, the most rows that fit)."""
     rates, rows = {}, max(1, 4096 // block_size)
     while True:
         try:
             run(rows, 2)
             rates[rows] = 3 * rows * block_size / run(rows, 3)[0]
         except RuntimeError as e:  # memory is full, or a kernel has reached its limit
-            print(f"    {rows} rows: {str(e).splitlines()[0]}", flush=True)
+            print(f"    {rows} rows: {first_line(e)}", flush=True)
             if not rates:
                 raise
             break
@@ -257,9 +260,9 @@ def find_best_batch(run, block_size, device):
 
 
 def print_profile(cfg):
-    """Print the operators that take most of a training step of ours, by their own time."""
+    """Print the operators that take most time in our training step, without those they call."""
     turn = train("ours", cfg)
-    turn(0)  # the first makes the optimizer's state
+    turn(0)  # the first step allocates the optimizer's state
     with torch.profiler.profile() as result:
         turn(0)
     kind = "device" if choose_device(cfg.device).type == "cuda" else "cpu"
@@ -310,20 +313,22 @@ def make_sampler(name, cfg, device, dtype):
 # ---- prepare ----
 
 def prepare(name, cfg):
-    """Time the way from text to .bin: prepare.py with two workers; the fast tokenizer of
+    """Time the conversion of text to a .bin: prepare.py with two workers; the fast tokenizer of
     transformers, a document at a time; and nanoGPT's data/openwebtext/prepare.py, which is
-    datasets.map with tiktoken on two processes, then 1,024 batches into a memmap."""
+    datasets.map with tiktoken in two processes, then 1,024 batches into a memmap."""
     size = Path(cfg.corpus).stat().st_size / 1e6
     convert = dict(ours=prepare_ours, transformers=prepare_hf, nanoGPT=prepare_nanogpt)[name]
     return lambda _: dict(rate=size / convert(cfg.corpus, cfg.tokenizer), unit="MB/s")
 
 
 def prepare_ours(file, tok):
+    """Return the seconds of prepare.py, by its own clock."""
     run_script("prepare.py", "text", file, f"--tokenizer={tok}", "--workers=2", "--name=speed")
     return json.loads(Path("data/speed/meta.json").read_text(encoding="utf-8"))["run"]["seconds"]
 
 
 def prepare_hf(file, tok):
+    """Return the seconds of transformers' tokenizer, document by document."""
     import numpy as np
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(tok)
@@ -336,6 +341,7 @@ def prepare_hf(file, tok):
 
 
 def prepare_nanogpt(file, tok):
+    """Return the seconds of the code in nanoGPT's data/openwebtext/prepare.py."""
     import datasets
     import numpy as np
 
@@ -366,7 +372,7 @@ def prepare_nanogpt(file, tok):
 
 def pretrain(name, cfg):
     """Run pretrain.py with the shape of config/pretrain_zh_modern.py. The size of a turn is its
-    steps; 0 = as many as fit the time that is left, by the speed of the turn before."""
+    steps; 0 = as many as fit in the time that is left, at the speed of the turn before."""
     tokens, out = cfg.batch_size * cfg.block_size, Path(cfg.out).with_suffix("")
     dataset = Path(cfg.dataset or "data/demo").resolve()  # pretrain.py prepares the demo
     settings = pick(cfg, (
@@ -399,9 +405,9 @@ def pretrain(name, cfg):
 def read_log(file):
     """Return speed, memory and last scores of a run."""
     entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    logs = [e for e in entries if "loss" in e]
+    logs = [entry for entry in entries if "loss" in entry]
     last = {key: value for entry in entries for key, value in entry.items()}
-    rate, mfu = (statistics.median(e.get(key, 0) for e in logs)
-                 for key in ("tokens_per_second", "mfu"))
+    rate = statistics.median(entry["tokens_per_second"] for entry in logs)
+    mfu = statistics.median(entry.get("mfu", 0) for entry in logs)
     return dict(rate=rate, unit="tokens/s", gib=last["memory_gib"], mfu=mfu) | {
         key: last[key] for key in ("step", "loss", "val_loss", "bpb")}

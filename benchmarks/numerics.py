@@ -12,25 +12,25 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.contenders import autocast, train_step
-from common.device import choose_device
+from benchmarks.contenders import train_step
+from common.device import autocast, choose_device
 from gpt import GPT, GPTConfig, linear_cross_entropy
 from training.optim import configure_optimizers
 
 ROWS, T, VOCAB = 4, 64, 512
-# Limits: a bfloat16 number is rounded by up to 2^-9 = 0.002 of itself, some ten times in a row.
+# Limits: rounding to bfloat16 has a relative error of up to 2^-9 = 0.002, some ten times in a row.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def numerics(name, cfg):
-    """Check numbers, as work of a contender: a turn is one check, whatever its size."""
+    """Run the numeric checks as a kind of work: each turn is the next check, whatever its size."""
     checks = iter(numeric_checks(choose_device(cfg.device), cfg.compile))
 
     def turn(_):
         name, limit, check = next(checks)
         try:
             difference = check()
-        except Exception:  # the other checks are still to be done
+        except Exception:  # the other checks still run
             traceback.print_exc()
             difference = float("inf")
         return dict(check=name, ok=difference <= limit, difference=difference, limit=limit)
@@ -56,7 +56,7 @@ def numeric_checks(device, compile=False):
 
 
 def make_model(arch, device):
-    """A small model with seeded weights, far from the initial ones (blocks start as identity)."""
+    """Return a small model with seeded weights, far from the initial ones (identity blocks)."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(arch=arch, vocab_size=VOCAB, block_size=T, n_layer=2, n_head=4,
                           n_kv_head=2 if arch == "qwen3" else 0, n_embd=128))
@@ -84,6 +84,7 @@ def loss_error(got, want):
 
 
 def chunked_error(arch, device, dtype):
+    """Compare loss and gradient in chunks with those of all logits at once."""
     model, ids = make_model(arch, device), make_ids(device)
     ids, targets = ids[:, :-1], ids[:, 1:]
     with autocast(device, dtype):
@@ -96,6 +97,7 @@ def chunked_error(arch, device, dtype):
 
 @torch.no_grad()
 def packed_error(arch, device, dtype):
+    """Compare the logits of documents packed in a row with those of each document alone."""
     model, ids = make_model(arch, device), make_ids(device)[:, :-1]
     lengths = [5, 1, T - 18, 12]
     doc_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).to(device)
@@ -131,7 +133,7 @@ class Run:
 
 
 def training_error(arch, device, dtype):
-    """Compare how far the loss has fallen after each step."""
+    """Compare the fall of the loss after each step with that of float32 on the CPU."""
     got, want = Run(arch, device).train(9, dtype), Run(arch, torch.device("cpu")).train(9)
     return distance([got[0] - got[1:]], [want[0] - want[1:]])
 
@@ -150,6 +152,7 @@ def resume_error(arch, device):
 
 
 def compile_error(arch, device, dtype):
+    """Compare loss and gradient of a compiled model with those of an eager one."""
     eager, ids = make_model(arch, device), make_ids(device)
     compiled = copy.deepcopy(eager)
     compiled.compile_parts()

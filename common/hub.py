@@ -3,6 +3,8 @@ import os
 import threading
 from pathlib import Path
 
+from common.command_line import first_line
+
 
 def from_hub(download, *arguments, **more):
     """Return the Path that a download function of huggingface_hub gives. OSError says why not.
@@ -16,8 +18,7 @@ def from_hub(download, *arguments, **more):
     try:
         return Path(download(*arguments, **more, local_files_only=bool(problem)))
     except Exception as e:  # the client raises errors of four libraries
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise OSError(problem or f"{type(e).__name__}: {reason}") from e
+        raise OSError(problem or f"{type(e).__name__}: {first_line(e)}") from e
 
 
 def why_unreachable():

@@ -1,8 +1,8 @@
-"""The demo's second half: the embedded dialogues make the demo's base model a chat model.
+"""The second half of the demo: fine-tune the demo's base model on the embedded dialogues.
 
-So few dialogues are learnt by heart: a dropout of 0.15 stops at a loss of 2.0 and at broken
-sentences, 0 (pretrain.py's default) below 0.1. The lowest val loss comes before the first whole
-sentence, so this run is evaluated at its ends only and final/ is what talks.
+The model memorises so few dialogues: with pretrain.py's default dropout of 0 the loss falls below
+0.1; with 0.15 it stays at 2.0, and sentences are broken. The val loss is lowest before the model
+writes whole sentences, so it is evaluated only at the start and at the end: use final/, not best/.
 """
 out_dir = "out/demo_sft"
 dataset = "demo_chat"

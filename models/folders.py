@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.command_line import UserError, is_out_of_memory
+from common.command_line import UserError, first_line, is_out_of_memory
 from common.files import current_folder, exists, read_json
 from common.settings import check_range
 from models.hf import SAMPLING, model_of_checkpoint, saved_value
@@ -16,7 +16,7 @@ from models.load import download_model, from_pretrained, shorten_context
 from tokens.bins import open_sets
 from tokens.tokenizer_files import load_tokenizer
 
-# What generation_config.json leaves out, and the range of each setting.
+# The value of a setting that generation_config.json leaves out; the range of each setting.
 DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 RANGES = dict(temperature=(0.0, 1e3), top_k=(0, 2**31), top_p=(1e-6, 1.0), min_p=(0.0, 1.0),
               repetition_penalty=(1e-3, 1e3))
@@ -33,8 +33,8 @@ def run_models(folder):
 def newest_model(kind, root="out"):
     """Return the folder of the newest base or chat run's model, best/ before final/; or None.
 
-    Print which. Newer runs that trained on under 1 % of the tokens of the longest run of this kind
-    are passed over, and named.
+    Print its name. A newer run that trained on less than 1 % of the tokens of the longest run of
+    this kind is skipped, with a message.
     """
     runs = []
     for file in Path(root).glob("**/run.json"):
@@ -42,7 +42,7 @@ def newest_model(kind, root="out"):
         if models and run.get("kind") == kind:
             saved = max((m / "config.json").stat().st_mtime for m in models)
             runs.append((saved, models[0].as_posix(), tokens_of(run, models)))
-    longest = max((tokens for *_, tokens in runs if tokens == tokens), default=0)
+    longest = max((tokens for *_, tokens in runs if not math.isnan(tokens)), default=0)
     for saved, model, tokens in sorted(runs, reverse=True):
         if tokens < longest / 100:
             show(f"passed over {model}, which trained on {tokens:,.0f} tokens, under 1 % of the "
@@ -83,7 +83,7 @@ def show(line):
 def find_model(name, kind, setting="model"):
     """Return name (a folder, checkpoint or hub id) if given, else the newest base or chat model.
 
-    UserError: there is none; it says to name one with --setting.
+    UserError if there is none; it advises to name one with --setting.
     """
     path = name or newest_model(kind)
     if not path:
@@ -94,7 +94,7 @@ def find_model(name, kind, setting="model"):
 
 
 def model_folder(path):
-    """Return the folder of a model that path names; that of a hub id is downloaded or cached."""
+    """Return the model folder that path names; of a hub id the downloaded or cached one."""
     folder = current_folder(path)
     if folder.is_dir():
         models = run_models(folder) or sorted(folder.glob("ckpt_step_*.pt"))
@@ -136,8 +136,7 @@ def load_model(path, dropout=0.0, block_size=0, add_chat_tokens=False):
             raise
         hint = "" if exists(path) else (
             ". No such folder; where the hub can't be reached, set HF_ENDPOINT to a mirror")
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path} can't be loaded: {reason}{hint}") from e
+        raise UserError(f"{path} can't be loaded: {first_line(e)}{hint}") from e
     shorten_context(model, block_size)
     rows = model.config.padded_vocab_size
     if add_chat_tokens and tok.vocab_size > rows:
@@ -164,9 +163,8 @@ def load_checkpoint(file, dropout=0.0):
     except Exception as e:  # a damaged file raises almost anything
         if is_out_of_memory(e) or isinstance(e, PermissionError):
             raise
-        reason = str(e).partition("\n")[0]
         raise UserError(f"{file} is damaged or no checkpoint of pretrain.py or sft.py "
-                        f"({type(e).__name__}: {reason})") from e
+                        f"({type(e).__name__}: {first_line(e)})") from e
     models, want = run_models(file.parent), read_json(file.parent / "run.json").get("tokenizer")
     tok = load_tokenizer(models[0]) if models else open_sets(dataset).tokenizer
     if want not in (None, tok.fingerprint):

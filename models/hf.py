@@ -4,7 +4,6 @@
 
 models/load.py reads such folders.
 """
-import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from common.command_line import UserError
-from common.files import current_folder, read_json, replace_folder, write_file
+from common.command_line import UserError, first_line
+from common.files import current_folder, read_json, replace_folder, write_json
 from gpt import GPT, GPTConfig
 
 # Small models loop, so penalise repetition; less in chats: answers repeat the question's words.
@@ -93,15 +92,14 @@ def save_model(folder, model, weights, tok, kind, values):
 
     weights: the full state dict. values: step and scores, kept in config.json.
     """
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
+    part = Path(f"{folder}.part")  # RunLog.start removes one of a killed run
     ids = dict(bos_token_id=tok.eot, pad_token_id=tok.eot,
                eos_token_id=[tok.im_end, tok.eot] if kind == "chat" else tok.eot)
     generation = ids | dict(do_sample=True) | SAMPLING[kind]
-    with atomic_write(part):
+    with write_errors_as_user_error(part):
         save_pretrained(model, part, weights, **ids, **values)
         tok.save(part, chat=kind == "chat")
-        write_file(part / "generation_config.json", json.dumps(generation, indent=1) + "\n")
+        write_json(part / "generation_config.json", generation)
         replace_folder(part, folder)
 
 
@@ -117,7 +115,7 @@ def save_pretrained(model, folder, state=None, dtype=torch.float32, **extra):
         tensors[name] = (tensor.T if is_conv1d(name) else tensor).contiguous().cpu()
     config = hf_config(model.config) | {"dtype": str(dtype).removeprefix("torch.")} | extra
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file makes it 0600
 
 
@@ -129,16 +127,15 @@ def hf_tensor(state, names):
 
 
 @contextmanager
-def atomic_write(part):
-    """Remove the file or folder `part` if writing it fails, and report that as a UserError."""
+def write_errors_as_user_error(part):
+    """Report a failure to write the file or folder `part` as a UserError, and remove it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-        reason = str(e).splitlines()[0]
         question = "" if isinstance(e, PermissionError) else " Is the disk full?"
-        raise UserError(f"{part} can't be written ({reason}).{question} The same command resumes "
-                        "from the checkpoint before, where there is one") from e
+        raise UserError(f"{part} can't be written ({first_line(e)}).{question} The same command "
+                        "resumes from the checkpoint before, where there is one") from e
 
 
 # ---- what a run saved ----

@@ -29,11 +29,11 @@ def download_model(hub_id):
     return from_hub(snapshot_download, hub_id, allow_patterns=DOWNLOADED)
 
 
-def from_pretrained(path, dropout=0.0, block_size=0):
+def from_pretrained(path, dropout=0.0):
     """Read a model folder or hub id of GPT-2 or Qwen3 architecture, as float32 on the CPU.
 
-    block_size > 0 shortens the context. ValueError: another architecture, a feature that gpt.py
-    does not compute, tensors missing, extra or misshapen. OSError: no such file, no network.
+    ValueError: another architecture, a feature that gpt.py does not compute, tensors missing, extra
+    or misshapen. OSError: no such file, no network.
     """
     folder = Path(path) if Path(path).is_dir() else download_model(str(path))
     files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
@@ -49,7 +49,6 @@ def from_pretrained(path, dropout=0.0, block_size=0):
     with torch.device("meta"):  # allocate nothing before names and shapes are checked
         model = GPT(config)
     load_hf_tensors(model, tensors, folder)
-    shorten_context(model, block_size)
     return model
 
 
@@ -82,8 +81,8 @@ def read_safetensors(files):
         except SafetensorError as e:
             raise ValueError(f"{file}: damaged ({e})") from e
         if new.keys() & tensors.keys():
-            raise ValueError(f"{file}: {min(new.keys() & tensors.keys())} stands in another "
-                             ".safetensors file too")
+            raise ValueError(f"{file}: {min(new.keys() & tensors.keys())} is also in another "
+                             ".safetensors file")
         tensors |= new
     return tensors
 
@@ -97,8 +96,8 @@ def load_hf_tensors(model, tensors, source):
     elif model.config.tie:
         tensors = {k: t for k, t in tensors.items() if k != "lm_head.weight"}
     table = dict(hf_names(model.config))
-    missing, extra = (sorted(a - b) for a, b in ((table.keys(), tensors.keys()),
-                                                 (tensors.keys(), table.keys())))
+    missing = sorted(table.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - table.keys())
     if missing or extra:
         raise ValueError(f"{source}: missing tensors {missing[:3] or 'none'} ({len(missing)}), "
                          f"unknown tensors {extra[:3] or 'none'} ({len(extra)})")

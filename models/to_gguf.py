@@ -15,12 +15,7 @@ from pathlib import Path
 
 import torch
 
-try:
-    import gguf
-except ImportError:
-    gguf = None
-
-from common.command_line import UserError, run_main
+from common.command_line import UserError, optional_package, run_main
 from common.device import DTYPES
 from common.files import atomic_file
 from common.settings import configure
@@ -34,6 +29,8 @@ SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": 
 
 def write_gguf(folder, file, dtype="float16"):
     """Convert a model folder or hub id to file; UserError: llama.cpp can't compute such a model."""
+    with optional_package("a .gguf file", "gguf"):
+        import gguf
     if is_checkpoint(folder):
         raise UserError(f"{folder} is a checkpoint; name best/ or final/ of its run")
     model, tok = load_model(Path(folder).as_posix())
@@ -67,6 +64,7 @@ def add_tokenizer(writer, tok, sampling, ends):
 
     sampling, ends: as read_generation_config returns them.
     """
+    import gguf
     bpe, kinds = tok.spec["model"], gguf.TokenType
     tokens = {i: (text, kinds.NORMAL) for text, i in bpe["vocab"].items()}
     tokens |= {i: (text, kinds.CONTROL) for text, i in tok.specials.items()}
@@ -96,6 +94,7 @@ def add_tokenizer(writer, tok, sampling, ends):
 def add_tensors(writer, model, vocab_size, dtype):
     """Add all weights in nn.Linear's layout, which llama.cpp uses for both architectures; vectors
     stay float32."""
+    import gguf
     c, state = model.config, model.state_dict()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.arch.upper()], c.n_layer)
     for theirs, ours in hf_names(c):
@@ -111,8 +110,6 @@ def add_tensors(writer, model, vocab_size, dtype):
 def main():
     """Convert the model that the command line names."""
     cfg, arguments = configure(__file__, files=False)
-    if gguf is None:
-        raise UserError("a package is missing: pip install gguf")
     if len(arguments) != 2:
         raise UserError("name a model and a file: python -m models.to_gguf out/demo/best demo.gguf")
     if cfg.dtype not in ("float16", "float32"):

@@ -18,7 +18,7 @@ HELP = """/new            start a new conversation
 /temperature X  0 = always the most likely token; higher values vary more
 /save FILE      write the conversation as a line of JSON, as prepare.py chat reads it
 /quit           end; Ctrl-C stops an answer"""
-USAGE = {line[1:].split()[0]: line for line in HELP.splitlines()}  # {command: its line}
+USAGE = {line[1:].split()[0]: line for line in HELP.splitlines()}  # {command: its line of HELP}
 
 
 class Chat:
@@ -95,7 +95,7 @@ class Chat:
 
 
 def chat_in_terminal(chat):
-    """Answer the lines of the terminal, or of a pipe, until they end."""
+    """Answer each line of the terminal or of a pipe until the input ends."""
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows' console has its own
             import readline  # arrow keys and history for input()  # noqa: F401
@@ -122,9 +122,10 @@ def chat_in_terminal(chat):
 
 
 def run_command(chat, name="", text=""):
-    """Run the command /name text; return the line that says what it did.
+    """Run the command /name text; return a message about what it did.
 
-    Return None if that is a question which begins with "/". UserError: text is no argument of it.
+    Return None if the line is a question that begins with "/". UserError: text is not a valid
+    argument of the command.
     """
     match name, text:
         case "" | "help", "":

@@ -11,7 +11,7 @@ from models.folders import RANGES
 BATCH_SIZE = 16        # samples generated at once
 MAX_TOKEN_CHARS = 16   # no text has more characters per token; the rest is cut before encoding
 MAX_TEXT_CHARS = 2**19  # tiktoken overflows its stack on a million blanks
-# what a terminal obeys: control characters except "\n" and "\t", and changes of direction
+# characters that a terminal executes: controls except "\n" and "\t", and changes of direction
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -62,7 +62,7 @@ def decode_stream(pieces, stop=""):
 def generate_text(model, tok, ids, cfg, seed, cache=None):
     """Yield the text that continues ids, piece by piece as it is generated."""
     steps = generate_ids(model, tok, ids, cfg, [seed], cache)
-    return decode_stream((tok.decode_bytes([i]) for i, in steps if i >= 0), cfg.stop)
+    return decode_stream((tok.decode_bytes(new) for new in steps if new != [-1]), cfg.stop)
 
 
 # ---- texts to continue ----

@@ -190,6 +190,6 @@ def test_errors_are_one_line_and_leave_no_file(own, tmp_path, monkeypatch):
     fails([folder, folder], "best")
     (folder / "generation_config.json").write_text("[]", encoding="utf-8")
     fails([folder, file], "generation_config.json")
-    monkeypatch.setattr(to_gguf, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     fails([folder, file], "pip install gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["best"]

@@ -601,7 +601,7 @@ def test_windows_locks_and_waits_for_a_reader(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="does another program have it open"):
         files.replace(tmp_path / "b", tmp_path / "c")
     assert sum(slept) < 3
-    with pytest.raises(UserError) as error, hf.atomic_write(tmp_path / "b"):
+    with pytest.raises(UserError) as error, hf.write_errors_as_user_error(tmp_path / "b"):
         files.replace(tmp_path / "b", tmp_path / "c")
     assert "another program" in str(error.value) and "disk full" not in str(error.value)
 

@@ -12,7 +12,7 @@ import torch
 
 from common.command_line import UserError
 
-CYCLE = 1000  # samples in which the weights of a mixture come out exactly
+CYCLE = 1000  # samples; each cycle holds the sets in proportion to their weights
 
 
 class EpochPermutation:
@@ -23,13 +23,13 @@ class EpochPermutation:
         self.epoch = lru_cache(maxsize=2)(self.epoch)
 
     def epoch(self, number):
-        """Return (permutation of n, offset in [0, 1)) of an epoch, random, by (seed, number)."""
+        """Return (permutation of n, offset in [0, 1)) of an epoch, drawn from (seed, number)."""
         rng = np.random.default_rng([self.seed, number])
         offset = rng.random()
         return rng.permutation(self.n), offset
 
     def at(self, i):
-        """Return (item, offset of its whole epoch)."""
+        """Return (the item at index i, the offset of its epoch)."""
         order, offset = self.epoch(i // self.n)
         return int(order[i % self.n]), offset
 
@@ -148,8 +148,7 @@ class TextData:
 
     def epochs(self, steps):
         """Return {name of a set: epochs of it in so many steps}."""
-        rows = steps * self.rows_per_step
-        return {part.folder.name: rows * n / CYCLE / order.n
+        return {part.folder.name: steps * self.rows_per_step * n / CYCLE / order.n
                 for (part, _), n, order in zip(self.parts, self.sampler.counts, self.orders)}
 
     def val_sizes(self):
@@ -168,8 +167,8 @@ class TextData:
         """Return the loss (nats per token) also as bits per byte and per character of the text."""
         splits, sizes = [part.meta["splits"]["val"] for part, _ in self.parts], self.val_sizes()
         bits = loss / math.log(2) * sum(sizes)
-        n_bytes, chars = (sum(n * s[key] / s["tokens"] for n, s in zip(sizes, splits))
-                          for key in ("bytes", "characters"))
+        n_bytes = sum(n * s["bytes"] / s["tokens"] for n, s in zip(sizes, splits))
+        chars = sum(n * s["characters"] / s["tokens"] for n, s in zip(sizes, splits))
         return dict(val_loss=loss, bpb=bits / n_bytes, bpc=bits / chars)
 
     def prompts(self):

@@ -1,6 +1,5 @@
 """Write a prepared set: into a folder beside its place, which is renamed when it is complete."""
 import hashlib
-import json
 import shutil
 from array import array
 from contextlib import suppress
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.command_line import UserError
-from common.files import lock, replace_folder, write_file
+from common.files import lock, replace_folder, write_file, write_json
 from tokens.bins import SPLITS, VERIFIED, VERSION, id_dtype
 
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"}
@@ -104,5 +103,5 @@ class BinWriter:
                      tokenizer=tokenizer.fingerprint,
                      special_ids=dict(sorted(tokenizer.specials.items(), key=lambda x: x[1])))
         tokenizer.save(self.part, chat=meta["kind"] == "chat")
-        write_file(self.part / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+        write_json(self.part / "meta.json", meta)
         replace_folder(self.part, self.folder)

@@ -68,6 +68,7 @@ class Bins:
 
     def _check_meta(self):
         """Set .kind and .dtype; raise one of many errors if a value that is used later is bad."""
+        # an expression without effect fails if its value is missing or of another type
         self.meta["version"], self.meta["tokenizer"][:8]
         self.meta.setdefault("vocab_size", self.meta.get("n_ids"))  # sets of older versions
         self.meta["vocab_size"] + 1
@@ -83,8 +84,8 @@ class Bins:
         self.fingerprint()
 
     def _check_files(self):
-        """Compare the sizes of the files with meta.json, and where they are new also their
-        checksums: what was compared is recorded by size and time, unless the disk is read-only."""
+        """Compare the sizes of the files with meta.json, and their checksums if they have changed
+        since the last time: sizes and times are recorded, unless the disk is read-only."""
         vocab_size, files = self.meta["vocab_size"], []
         for split in SPLITS:
             c = self.meta["splits"][split]

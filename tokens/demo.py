@@ -6,12 +6,10 @@ from pathlib import Path
 from common.command_line import UserError
 from tokens.bins import set_folder
 
-SETS = ("demo", "demo_chat")  # what `prepare.py demo` writes
-
 
 def prepare_demo(name):
     """Prepare the demo sets if `name` is one of them and is missing."""
-    if name not in SETS or (set_folder(name) / "meta.json").is_file():
+    if name not in ("demo", "demo_chat") or (set_folder(name) / "meta.json").is_file():
         return
     print("preparing the embedded text", flush=True)
     script = Path(__file__).parent.parent / "prepare.py"

@@ -9,7 +9,7 @@ import sys
 from base64 import b64decode
 from contextlib import contextmanager
 
-from common.command_line import UserError
+from common.command_line import UserError, first_line
 from common.files import current_folder, exists, read_json
 from common.hub import from_hub
 from tokens.tokenizer import (
@@ -44,8 +44,8 @@ def load_tokenizer(name, rule="", lossless=False):
     except OSError as e:
         raise UserError(f"{e.filename or path}: {e.strerror}") from e
     except BaseException as e:  # `tokenizers` raises plain Exception, and panics are not even that
-        reason = str(e).partition("\n")[0]
-        raise UserError(f"{path}: not a tokenizer file ({type(e).__name__}: {reason})") from e
+        raise UserError(f"{path}: not a tokenizer file ({type(e).__name__}: {first_line(e)})"
+                        ) from e
     if lossless and back != PROBE:
         raise UserError(f"tokenizer {name} is not lossless: {PROBE!r} becomes {back!r}. Use a "
                         "byte-level one: qwen, gpt2 or bytebpe")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from common.command_line import UserError, is_out_of_memory
-from common.files import current_folder, read_json, replace
-from models.hf import atomic_write, model_of_checkpoint
+from common.command_line import UserError, first_line, is_out_of_memory
+from common.files import atomic_file, current_folder, read_json
+from models.hf import model_of_checkpoint, write_errors_as_user_error
 
 SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
 KEYS = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers", "scaler", "data"}
-# Settings of which a run without a checkpoint must have the same to be taken for this one.
+# A run without a checkpoint is continued by a command with the same values of these settings.
 SAME_RUN = ("seed", "dataset", "optimizer", "dropout", "weight_decay", "beta1", "beta2", *SHAPE)
 
 
@@ -38,12 +38,8 @@ def save_checkpoint(cfg, state):
     if broken:
         raise UserError(f"after step {state['step']} {broken[0]} is not finite: lower "
                         "learning_rate or muon_lr")
-    part = Path(f"{path}.part")
-    with atomic_write(part), open(part, "wb") as f:
+    with write_errors_as_user_error(Path(f"{path}.part")), atomic_file(path) as f:
         torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    replace(part, path)
     files = checkpoint_files(cfg.out_dir)
     files = files[files.index(path):]  # a file with a later step is damaged: not counted
     kept = files[:cfg.keep_checkpoints or None]
@@ -132,7 +128,7 @@ def incompatible_as_user_error():
         if is_out_of_memory(e):
             raise
         raise UserError(f"the checkpoint was not written by this program ({type(e).__name__}: "
-                        f"{str(e).splitlines()[0]}). Start a new run with --overwrite") from e
+                        f"{first_line(e)}). Start a new run with --overwrite") from e
 
 
 @incompatible_as_user_error()

@@ -14,7 +14,7 @@ import torch
 
 from common.command_line import UserError
 from common.cpu import cpu_count
-from common.device import choose_device, choose_dtype
+from common.device import autocast, choose_device, choose_dtype
 
 
 class Context:
@@ -32,7 +32,8 @@ class Context:
         return self.rank == 0
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Return the context of a forward pass in this dtype."""
+        return autocast(self.device, self.dtype)
 
     def max(self, number):
         """Return the largest of an int or bool over all processes."""
@@ -55,7 +56,7 @@ class Context:
         return state
 
     def place(self, tensor, param):
-        """Return a copy of a whole tensor where param lies, sharded as param is."""
+        """Return a copy of a whole tensor on param's device, sharded as param is."""
         return tensor.to(param.device, copy=True)
 
 

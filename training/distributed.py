@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common.command_line import UserError
+from common.command_line import UserError, first_line
 from training.context import Context, launch_name
 
 
@@ -40,9 +40,10 @@ class DistributedContext(Context):
         return tensor
 
     def wrap(self, model):
-        return shard(model, self.dtype) if self.fsdp else DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True)
+        if self.fsdp:
+            return shard(model, self.dtype)
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def share(self, batches):
         """Every rank gets the same number, the last ones padded with ignored targets, because FSDP
@@ -74,7 +75,7 @@ def rendezvous():
         store, rank, world_size = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as e:
         raise UserError("the processes did not find each other; start them with torchrun "
-                        f"({str(e).splitlines()[0]})") from e
+                        f"({first_line(e)})") from e
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # After a restart the store still has the addresses of the dead processes: use another
         # prefix. (Machines count restarts separately; for several see docs/train.md.)
@@ -85,13 +86,13 @@ def rendezvous():
 def run_together(main):
     """Call main(); a UserError in one process ends all, and one of them prints it.
 
-    That process counts it in the store. The others come upon the same error, or a collective fails
-    because that process has gone: they find it counted and end silently.
+    That process counts its error in the store. The others raise the same error, or a collective
+    fails because that process has ended: they find the count and exit silently.
     """
     try:
         main()
     except (UserError, OSError, RuntimeError) as e:
-        n = int(not isinstance(e, RuntimeError))  # a RuntimeError may come of another's end
+        n = int(not isinstance(e, RuntimeError))  # a RuntimeError may be another rank's fault
         if rendezvous()[0].add("errors", n) > n:
             sys.exit(2)
         raise

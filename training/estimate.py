@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import torch
 
-from common.command_line import UserError, is_out_of_memory, run_main
+from common.command_line import UserError, first_line, is_out_of_memory, run_main
 from common.device import PEAK_FLOPS, main_memory, to_device
 from gpt import GPT, GPTConfig
 from training.context import Context
+from training.muon import muon_bytes
 
 MANY_EPOCHS = 4  # more repetition gains little (Muennighoff et al., arXiv:2305.16264)
 GIB = 2**30
@@ -28,7 +29,7 @@ def state_bytes(model, optimizer):
 
 
 def activation_bytes(config, tokens, dtype):
-    """Return about the bytes a forward keeps for its backward; torch.compile keeps less.
+    """Estimate the bytes that a forward keeps for its backward; torch.compile keeps less.
 
     A block keeps, per token: its two inputs in float32; in dtype both normed inputs, q, k, v, what
     attention gives, and the MLP's inner values; qwen3 also q and k around their norm and rotation.
@@ -51,10 +52,7 @@ def logits_bytes(config, tokens, budget, dtype):
 
 def update_bytes(model, optimizer):
     """Return bytes that the optimizer's step holds beside its states: AdamW, fused, none."""
-    if optimizer != "muon":
-        return 0
-    from training.muon import muon_bytes
-    return muon_bytes(model)
+    return muon_bytes(model) if optimizer == "muon" else 0
 
 
 def memory_plan(model, cfg, ctx):
@@ -133,7 +131,7 @@ def fit_micro_batch(cfg, ctx, model, data):
 
 def fits(cfg, ctx, model, data):
     """Return whether a micro-batch's forward and backward fit beside the optimizer's states."""
-    # a CPU's memory may be promised and then not be there: Linux would kill this process
+    # Linux grants more main memory than there is, and kills the process that uses it
     if ctx.device.type == "cpu" and 0 < main_memory() < sum(memory_plan(model, cfg, ctx).values()):
         return False
     try:
@@ -159,7 +157,7 @@ def fits(cfg, ctx, model, data):
 
 @contextmanager
 def avoidable_errors(cfg, ctx):
-    """Report memory that runs out and a missing compiler as a UserError."""
+    """Report running out of memory and a missing compiler as a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
@@ -169,7 +167,7 @@ def avoidable_errors(cfg, ctx):
                 f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}; the same command "
                 "resumes from the last checkpoint") from e
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise UserError(f"torch.compile failed ({str(e).splitlines()[0]}): it needs a C "
+            raise UserError(f"torch.compile failed ({first_line(e)}): it needs a C "
                             "compiler (gcc, clang or cl). Install one or leave out --compile"
                             ) from e
         raise

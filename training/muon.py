@@ -26,8 +26,8 @@ def orthogonalize(g, steps=5):
 
 
 def orthogonalize_all(matrices):
-    """orthogonalize a list of matrices of one shape; of sharded ones (FSDP) each rank computes its
-    share: two all-to-alls exchange rows of all matrices for all rows of some."""
+    """Orthogonalize a list of matrices of one shape. With FSDP each rank holds some rows of every
+    matrix: an all-to-all gives it all rows of some matrices, a second one gives them back."""
     if not hasattr(matrices[0], "device_mesh"):
         return orthogonalize(torch.stack(matrices))
     from torch.distributed.tensor import DTensor, Shard
@@ -56,6 +56,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:

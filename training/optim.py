@@ -37,16 +37,15 @@ def load_optimizer_state(optimizer, state, n_steps, ctx):
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    names = STATE[type(optimizer).__name__]
     for i, values in state["state"].items():
-        if values.keys() != names:
+        if values.keys() != STATE[type(optimizer).__name__]:
             raise ValueError(f"optimizer state of {', '.join(values)}")
         for name, value in values.items():
             if value.shape != (() if name == "step" else params[i].shape):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}")
             if name == "step" and not 1 <= value <= n_steps:
                 raise ValueError(f"step {value} of an optimizer after {n_steps} steps")
-            # copied, because it may be mapped from the file; AdamW moves its step where it wants
+            # copied, because it may be mapped from the file; AdamW moves its step itself
             values[name] = value.clone() if name == "step" else ctx.place(value, params[i])
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings):

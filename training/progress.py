@@ -1,4 +1,4 @@
-"""What a run shows of its training: mean loss, gradient norm, speed, time left."""
+"""Progress of a run: mean loss, gradient norm, speed, time left."""
 import math
 import time
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Timer:
         return time.perf_counter() - self.paused_seconds
 
     def since(self, began):
-        """Return the seconds since began, more than 0 where the clock has stood still."""
+        """Return the seconds since began, at least 1e-9, so that they can divide."""
         return max(self.now() - began, 1e-9)
 
     @contextmanager
@@ -54,7 +54,7 @@ class Progress:
     def add_micro_batch(self):
         """Count a micro-batch; after a few of them print how long training will take."""
         self.n_micro_batches += 1
-        if self.n_micro_batches == 1:  # it compiles and allocates: not timed
+        if self.n_micro_batches == 1:  # not timed: it compiles and allocates
             synchronize(self.ctx.device)
             self.warm_time = self.timer.now()
         if self.n_micro_batches != TIMED + 1:

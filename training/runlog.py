@@ -1,4 +1,4 @@
-"""The folder of a run, out/<name>/: run.json, log.jsonl, and what a killed run left there."""
+"""The folder of a run, out/<name>/: run.json, log.jsonl; leftovers of a killed run are removed."""
 import json
 import shutil
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from common.command_line import UserError
-from common.files import current_folder, lock, replace, write_file
+from common.files import current_folder, lock, replace, write_file, write_json
 from training.checkpoint import checkpoint_files
 
-RUN_FILES = ("ckpt_step_*.pt", "best", "final", "log.jsonl", "loss.png", "run.json",
-             "tensorboard", "wandb", "wandb_id")
+RUN_FILES = ["ckpt_step_*.pt", "best", "final", "log.jsonl", "loss.png", "run.json",
+             "tensorboard", "wandb", "wandb_id"]
 LEFTOVERS = [name + suffix for name in RUN_FILES for suffix in (".part", ".replaced")]
 
 
@@ -39,7 +39,7 @@ class RunLog:
         for name in ("best", "final"):  # killed while the folder was being replaced
             if current_folder(self.path / name) != self.path / name:
                 replace(current_folder(self.path / name), self.path / name)
-        for pattern in (*LEFTOVERS, *RUN_FILES * (step == 0)):
+        for pattern in (LEFTOVERS + RUN_FILES if step == 0 else LEFTOVERS):
             for path in list(self.path.glob(pattern)):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         self.write_metadata(metadata)  # a run killed from here on is known as this one
@@ -57,8 +57,7 @@ class RunLog:
         metadata = dict(kind=self.kind, settings=vars(self.cfg), torch=torch.__version__,
                         python=sys.version.split()[0],
                         git=git.stdout.strip() if git and git.returncode == 0 else "") | metadata
-        write_file(self.path / "run.json",
-                   json.dumps(metadata, ensure_ascii=False, indent=1) + "\n")
+        write_json(self.path / "run.json", metadata)
 
     def log(self, step, values, text):
         """Append values to log.jsonl, send them to the trackers, print text."""
@@ -80,5 +79,5 @@ def is_entry_up_to(line, step):
 
 
 def visible(text):
-    """Return a text as one line, without characters that a terminal would obey."""
+    """Return a text as one line, without the control characters that a terminal executes."""
     return "".join(filter(str.isprintable, " ".join(text.split())))

@@ -1,9 +1,9 @@
-"""Where else a run is shown: wandb, TensorBoard, and the curve in loss.png."""
+"""Other displays of a run: wandb, TensorBoard, and the loss curve in loss.png."""
 import json
 import secrets
 
 from common.command_line import UserError
-from common.files import replace, write_file
+from common.files import atomic_file, write_file
 
 
 def open_trackers(cfg, path):
@@ -33,15 +33,13 @@ def open_trackers(cfg, path):
 def plot_losses(out_dir):
     """Draw loss.png from log.jsonl; needs matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no loss.png: pip install matplotlib")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     lines = (out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for key, label in (("loss", "train"), ("val_loss", "val")):
         points = [(e["tokens"], e[key]) for e in entries
                   if {type(e.get(key)), type(e.get("tokens"))} <= {int, float}]
@@ -49,6 +47,5 @@ def plot_losses(out_dir):
             axes.plot(*zip(*points), label=label)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.legend()
-    figure.savefig(out_dir / "loss.png.part", format="png", dpi=120)
-    plt.close(figure)
-    replace(out_dir / "loss.png.part", out_dir / "loss.png")
+    with atomic_file(out_dir / "loss.png") as f:
+        axes.figure.savefig(f, format="png", dpi=120)
