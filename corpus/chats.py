@@ -18,37 +18,47 @@ from corpus.records import records
 
 ROLES = {  # of speakers; "thought", "call": what the assistant thinks, its call of a tool
     "system": "system developer 系统", "thought": "inner_thoughts",
-    "user": "user human client patient usr question 用户 人类 客户 患者 病人 来访者 提问 问题 问",
+    "user": "user human client patient usr question 用户 使用者 人类 客户 患者 病人 来访者 提问 问题 问",
     "assistant": "assistant gpt chatgpt bing bard claude gemini deepseek qwen model ai bot moss "
                  "sys agent counselor doctor answer 助手 助理 机器人 客服 医生 咨询师 模型 回答 答",
     "tool": "tool function observation tool_response function_response results ipython 工具",
     "call": "function_call tool_call tool_calls commands"}
 KEYS = {  # of a record; of several names of a part the first that has a value counts
     "role": "role from speaker sender 角色", "history": "history 历史", "title": "title 标题",
-    "content": "content value text utterance message answer_text plain_text 内容",
-    "messages": "messages conversations conversation dialogue dialog chat turns 对话",
-    "system": "system system_prompt meta_instruction prefix", "documents": "documents",
+    "content": "content value text utterance message answer_text plain_text parts 内容 內容",
+    "messages": "messages conversations conversation dialogue dialog chat turns contents 对话 對話",
+    "system": "system system_prompt system_instruction systeminstruction meta_instruction prefix",
+    "documents": "documents",
     "instruction": "instruction_zh instruction 指令", "context": "context evidence passage",
-    "question": "question questions prompt query ask q 问题 提问 问 src human user patient 用户 患者",
-    "more": "input_zh input desc description 输入 描述", "calls": "tool_calls function_call",
-    "answer": "output_zh output response answer answers target completion a 答案 回答 回复 答 输出 tgt "
-              "summary assistant bot gpt moss doctor chatgpt_answers human_answers 助手 医生",
+    "question": "question questions prompt query ask q 问题 問題 提问 问 src inputs human user "
+                "patient 用户 患者",
+    "more": "input_zh input desc description 输入 輸入 描述", "calls": "tool_calls function_call",
+    "answer": "output_zh output response answer answers target targets completion a 答案 参考答案 回答 "
+              "回复 答 输出 輸出 tgt summary assistant bot gpt moss doctor chatgpt_answers "
+              "human_answers 助手 医生",
     "thought": "reasoning_content reasoning thinking thought think cot complex_cot",
     "chosen": "chosen pos_resp response_chosen chosen_response accepted preferred_output",
     "rejected": "rejected neg_resp response_rejected rejected_response non_preferred_output",
     "inside": "data paragraphs qas instances items train valid validation dev test",
-    "images": "images image videos video audios audio", "passages": "evidences passages"}
+    "options": "options choices 选项", "images": "images image videos video audios audio",
+    "passages": "evidences passages"}
 ASKS = {"instruction", "question", "more"}  # the parts of a question
 NO, ZERO = ("false",), ("false", "0", "0.0")  # marks that forbid to train on an answer
 UNTRAINED = dict(label=NO, kto_tag=NO, chosen=NO, loss=ZERO, train=ZERO, weight=ZERO)
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
 PART_OF = {name: part for part, names in KEYS.items() for name in names.split()}
 RANK = {name: i for i, name in enumerate(PART_OF)}
-# "\nHuman: ", "### Human: ", "[|Human|]", "<|Human|>: ", "<human>: ", "<|im_start|>user\n"
+# "\nHuman: ", "### Human: ", "[|Human|]", "<|Human|>: ", "<human>: ", "<|im_start|>user\n", and the
+# marks of Llama 3, Gemma and DeepSeek
 NAMES = "|".join(sorted(ROLE_OF, key=len, reverse=True)).replace("_", "[ _]")
 SPEAKER = re.compile(rf"(?:(?:^|\n)[ \t]*|###? ?)({NAMES})[ \t]*[:：]"
-                     rf"|(?:<\|im_start\|>|[<\[]\|?)({NAMES})(?:\|?[>\]] ?[:：]?|\n)", re.I)
-ENDS = re.compile(r"</?s>|<\|im_end\|>|<\|endoftext\|>|<eo[a-z]>")
+                     r"|(?:<\|(?:im_start|start_header_id)\|>|<start_of_turn>|(?<!<)[<\[][|｜]?)"
+                     rf"({NAMES})(?:[|｜]?[>\]] ?[:：]?|<\|end_header_id\|>|\n)", re.I)
+ENDS = re.compile(r"</?s>|<\|(?:im_end|endoftext|eot_id|begin_of_text)\|>|<eo[a-z]>|<bos>"
+                  r"|<end_of_turn>|<｜(?:begin|end)▁of▁sentence｜>|\[Round \d+\]")
+# of Llama 2, replaced in this order by names that SPEAKER finds
+MARKS = {r"\[INST\]\s*<<SYS>>(.*?)<</SYS>>": r"<|system|>\1<|user|>", r"\[INST\]": "<|user|>",
+         r"\[/INST\]": "<|assistant|>"}
 
 
 # ---- files and records to dialogues ----
@@ -190,6 +200,8 @@ def transcript(value):
     of the text, because a message may quote a dialogue.
     """
     value = ENDS.sub("", value) if isinstance(value, str) else ""
+    for mark, name in MARKS.items() if "[/INST]" in value else ():
+        value = re.sub(mark, name, value, flags=re.S)
     marks = [(ROLE_OF[normalize(m[1] or m[2])], m) for m in SPEAKER.finditer(value)]
     names = {role: m.groups() for role, m in [*marks, *marks[:1]]}
     marks = [(role, m) for role, m in marks if m.groups() == names[role]]
@@ -221,7 +233,8 @@ def from_fields(item):
     if item.keys() & ASKS:  # {"input": "Q", "content": "A"}
         item = dict(answer=item.get("content")) | item
     elif not {"title", "question"} & {*item, *item.get("names", ())}:  # a title: of an article
-        item = item | {"history" if isinstance(text, list) else "question": text}
+        part = "history" if "answer" in item or "chosen" in item else "messages"
+        item = item | {part if isinstance(text, list) else "question": text}
     question, answer = item.get("question"), item.get("chosen", item.get("answer"))
     found = messages(as_list(item.get("messages")))
     if not found and (answer is None or not any(map(item.get, ASKS))):  # {"text": "Human: Q ..."}
@@ -245,7 +258,8 @@ def question_messages(item):
     parts = ("instruction", "question", "more", "context")
     if "instruction" not in item:
         parts = ("question" if item.get("question") else "title", "more")
-    question = "\n".join(text_of(item[part], first=True) for part in parts if item.get(part))
+    texts = [text_of(item[part], first=True) for part in parts if item.get(part)]
+    question = "\n".join(texts + option_lines(item.get("options")))
     # Belle's question holds the history: "Human: Q1\nAssistant: A1\nHuman: Q2\nAssistant:"
     belle = transcript(question) if question.rstrip().endswith((":", "：", "]", ">")) else []
     belle = belle[:-1] if belle and is_blank(belle[-1]["content"]) else []
@@ -254,6 +268,21 @@ def question_messages(item):
     history = parsed(item.get("history"))  # strings alternate up to the question, else the answer
     before = messages(history, (len(as_list(history)) + is_blank(question)) % 2)
     return before if before and is_blank(question) else [*before, *now]
+
+
+def option_lines(value):
+    """Return the options of a question, a text, {letter: option} or a list, as lines "A. option".
+    """
+    value = parsed(value)
+    if isinstance(value, str):
+        return [value]
+    options = as_list(value)
+    by_letter = isinstance(value, dict) and not options
+    lines = []
+    for letter, option in value.items() if by_letter else zip("ABCDEFGHIJ", options):
+        option = text_of(option)
+        lines.append(option if re.match(rf"\W?{letter}\b", option) else f"{letter}. {option}")
+    return lines
 
 
 # ---- single messages ----
@@ -299,6 +328,9 @@ def fields(record):
     if not isinstance(record, dict):
         return {}
     found, named = dict(names=list(map(str, record))), {}
+    letters = {name: record[name] for name in "ABCDEFGHIJ" if name in record}
+    if len(letters) > 1:  # {"question": "Q", "A": "one", "B": "two", "answer": "A"}
+        record = {k: v for k, v in record.items() if k not in letters} | dict(options=letters)
     for key, value in record.items():
         name, is_scalar = normalize(key), not isinstance(value, (list, dict))
         if is_scalar and name in UNTRAINED and str(value).lower() in UNTRAINED[name]:
@@ -321,8 +353,8 @@ def normalize(name):
 
 def is_blank(value):
     """Return whether a value says nothing: None, a bool, an empty list, <noinput> ..."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("", "<noinput>", "<no input>", "no_answer")
+    if isinstance(value, (str, float)):  # nan: a missing field of pandas
+        return str(value).strip().lower() in ("", "nan", "<noinput>", "<no input>", "no_answer")
     return isinstance(value, bool) or value in (None, [], {})
 
 

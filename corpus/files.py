@@ -26,8 +26,8 @@ MAX_CHARS = 2**22     # of a record or document; the four great novels together 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz")
 # Files that are refused if they are named, and what to do with them.
-CONVERT = {".7z": "unpack it", ".rar": "unpack it", ".xls": "save it as .csv",
-           ".xlsx": "save it as .csv"} | dict.fromkeys(
+CONVERT = dict.fromkeys(".7z .rar .zst .lz4".split(), "unpack it") | dict.fromkeys(
+    ".xls .xlsx .ods .et".split(), "save it as .csv") | dict.fromkeys(
     ".doc .docx .epub .pdf .rtf .mobi .azw3 .ppt .pptx .wps".split(), "save it as .txt")
 UNDECODABLE = "\udcff"  # replaces bytes that can't be decoded; no decoder makes this character
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
@@ -65,8 +65,7 @@ def find_files(paths, wanted, endings=()):
         if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder")
         if not os.path.isdir(path):
-            if not os.path.isfile(path):  # it may have no end
-                raise UserError(f"{path} is a pipe or a device; write its text to a file first")
+            refuse_pipe(path)
             if suffix(path) in CONVERT:
                 raise UserError(f"{path} can't be read; {CONVERT[suffix(path)]} first")
             found.add(path)
@@ -89,6 +88,12 @@ def find_files(paths, wanted, endings=()):
         known = f" ({' '.join(endings)})" if endings else ""
         raise UserError(f"{', '.join(map(str, paths))}: no file of a known type{known}")
     return sorted(found, key=lambda p: p.replace(os.sep, "/"))
+
+
+def refuse_pipe(path):
+    """Raise a UserError if path is a pipe or a device: it may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is a pipe or a device; write its text to a file first")
 
 
 def _raise(error):

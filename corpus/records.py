@@ -65,10 +65,15 @@ def _first_lines(head):
 
 
 def _begins_with_record(head):
-    """Return whether a text begins with an object in JSON, or a list of objects or of strings."""
+    """Return whether a text begins with an object in JSON, or a list of objects or of strings,
+    and goes on with another one: a line of a book may be JSON."""
     inner = head.lstrip("\ufeff \t\r\n[")
-    return inner[:1] == "{" and inner[1:2] != "}" and _is_value(inner, whole=False) or (
-        re.match(r'\s*(?:\[\s*)+"', head) is not None and _is_value(head, whole=False))
+    if not (inner[:1] == "{" and inner[1:2] != "}" and _is_value(inner, whole=False)):
+        inner = head
+        if not (re.match(r'\s*(?:\[\s*)+"', head) and _is_value(head, whole=False)):
+            return False
+    rest = inner[DECODER.raw_decode(inner, BLANKS.match(inner).end())[1]:]
+    return rest.strip("\ufeff \t\r\n,]")[:1] in ("", "{", "[", '"')
 
 
 def _is_value(text, whole=True):
@@ -143,7 +148,7 @@ def json_values(name, text):
 
 def split_values(source):
     """Yield (its beginning in source, value) of each element of an array, and of values one after
-    the other; of an object with a list under "data" (SQuAD), the elements of that list.
+    the other; of an object that holds records, each of them.
 
     A value that is not JSON gives a Dropped, and reading goes on where the text looks like the
     beginning of the first value: in [{"id": 1}, {"id": }, {"id": 3}] at the third. If it does so
@@ -169,13 +174,27 @@ def split_values(source):
                 at = after.start()
                 continue
             value = _if_encodable(value, source[at:end])
-            data = value.get("data") if isinstance(value, dict) and not in_array else None
-            yield from ((at, item) for item in (data if isinstance(data, list) else [value]))
+            inside = held_in(value) if isinstance(value, dict) and not in_array else [value]
+            yield from ((at, item) for item in inside)
         at = BLANKS.match(source, end).end()
         if source.startswith(",", at):
             at = BLANKS.match(source, at + 1).end()
     if in_array:
         raise json.JSONDecodeError("the array does not end", source, at)
+
+
+def held_in(value):
+    """Return the elements of an object's list under "data" (SQuAD), the rows of a table as pandas
+    writes it, {column: {"0": field}} or {"columns": [..], "data": [[..]]}; else [value]."""
+    data, columns = value.get("data"), list(value.values())
+    if isinstance(data, list):
+        names = value.get("columns")
+        table = isinstance(names, list) and all(isinstance(row, list) for row in data)
+        return [dict(zip(map(str, names), row)) for row in data] if table else data
+    if columns and all(isinstance(c, dict) and "0" in c and c.keys() == columns[0].keys()
+                       for c in columns):
+        return [dict(zip(value, row)) for row in zip(*(c.values() for c in columns))]
+    return [value]
 
 
 def _next_like(start, source, at):
@@ -205,7 +224,7 @@ def csv_rows(name, text, delimiter):
             yield place, row
         elif UNDECODABLE in "".join(row):
             yield place, BAD_ENCODING
-        elif not any(row) or header is None and "".join(row) == "sep=":
+        elif not any(row) or header is None and re.fullmatch("sep=.?", "".join(row)):
             continue
         elif header is None:
             header = [column.strip("\ufeff ") for column in row]

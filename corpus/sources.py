@@ -90,7 +90,8 @@ TAG = re.compile(r"""</?([a-z!?][^\s<>/]*)(?:[^<>"']|"[^"]*"|'[^']*')*+>""", re.
 INLINE = frozenset("a abbr acronym b bdi bdo big cite code del dfn em font i img ins kbd label mark "
                    "q rp rt ruby s samp small span strike strong sub sup tt u var wbr".split())
 # Time stamps, the numbers above them, and tags, of subtitles and of lyrics.
-SUBTITLE = re.compile(r"^\ufeff?WEBVTT.*\n|(?:^\s*\d+[ \t]*\n)?^.*\d\d:\d\d[,.]\d+[ \t]*-->.*\n?"
+SUBTITLE = re.compile(r"\A\ufeff?WEBVTT.*\n(?:(?!.*-->).+\n)*"
+                      r"|(?:^\s*\d+[ \t]*\n)?^.*\d\d:\d\d[,.]\d+[ \t]*-->.*\n?"
                       r"|<[^<>\n]*>|\{\\[^{}\n]*\}|^[ \t]*\n", re.M)
 LYRICS = re.compile(r"^[ \t]*\[[a-z#]+:[^\]\n]*\][ \t]*\n?|[\[<]\d+:\d\d(?:[.:]\d+)?[\]>]",
                     re.M | re.I)
@@ -117,6 +118,8 @@ def read_wiki(name, stream, field="", lines=False):
     head = head_of(stream)[:2000].lstrip()
     if DUMP.match(head):
         yield from dump_pages(name, stream)
+    elif suffix(name) == ".xml":
+        yield name, Dropped("not a dump", "no dump of a wiki: it does not begin with <mediawiki>")
     elif head.startswith("<doc "):
         yield from doc_blocks(name, decoded(stream))
     else:

@@ -1,6 +1,7 @@
 """Dialogues: every published form of a record gives the messages that are right, or a reason."""
 import io
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -194,6 +195,37 @@ FORMS = {
     "glaive": ({"chat": f"USER: {Q}\n\n\nASSISTANT: {A} <|endoftext|>\n\n\nFUNCTION RESPONSE: 武汉"
                         f"\n\n\nASSISTANT: {A2} <|endoftext|>"},
                [*PAIR, ("tool", "武汉"), ("assistant", A2)]),
+    "llama 2": ({"text": f"<s>[INST] <<SYS>>\n你是老师\n<</SYS>>\n\n{Q} [/INST] {A} </s><s>[INST] {Q2} "
+                         f"[/INST] {A2} </s>"}, [SYSTEM, *TURNS]),
+    "llama 2 without system": ({"text": f"<s>[INST] {Q} [/INST] {A} </s>"}, PAIR),
+    "llama 3": ({"text": "<|begin_of_text|>" + "".join(
+        f"<|start_header_id|>{who}<|end_header_id|>\n\n{said}<|eot_id|>" for who, said in TURNS)},
+        TURNS),
+    "gemma": ({"text": f"<bos><start_of_turn>user\n{Q}<end_of_turn>\n<start_of_turn>model\n{A}"
+                       "<end_of_turn>\n"}, PAIR),
+    "deepseek": ({"text": f"<｜begin▁of▁sentence｜><｜User｜>{Q}<｜Assistant｜>{A}<｜end▁of▁sentence｜>"},
+                 PAIR),
+    "chatglm": ({"text": f"[Round 1]\n\n问：{Q}\n\n答：{A}\n\n[Round 2]\n\n问：{Q2}\n\n答：{A2}"},
+                TURNS),
+    "gemini": ({"systemInstruction": {"parts": [{"text": "你是老师"}]}, "contents": [
+        {"role": "user", "parts": [{"text": Q}]}, {"role": "model", "parts": [{"text": A}]}]},
+        [SYSTEM, *PAIR]),
+    # strings alternate, unless an answer stands beside them
+    "naturalconv": ({"dialog_id": "1", "content": [Q, A, Q2, A2]}, TURNS),
+    "context and response": ({"context": [Q, A, Q2], "response": A2}, TURNS),
+    "aya": ({"inputs": Q, "targets": A, "language": "zho"}, PAIR),
+    "traditional": ({"問題": Q, "答案": A}, PAIR),
+    "traditional messages": ({"對話": [{"角色": "使用者", "內容": Q}, {"角色": "助理", "內容": A}]}, PAIR),
+    "missing fields of pandas": (
+        {"instruction": Q, "input": "nan", "output": A, "system": math.nan}, PAIR),
+    # options
+    "cmmlu": ({"Question": Q, "A": "天", "B": "地", "Answer": "A"},
+              [("user", f"{Q}\nA. 天\nB. 地"), ("assistant", "A")]),
+    **{f"options {i}": ({"question": Q, "options": options, "answer": "A"},
+                        [("user", f"{Q}\nA. 天\nB. 地"), ("assistant", "A")])
+       for i, options in enumerate((
+           ["天", "地"], ["A. 天", "B. 地"], "A. 天\nB. 地", {"A": "天", "B": "地"}, '["天", "地"]',
+           {"text": ["天", "地"], "label": ["A", "B"]}, [{"text": "天"}, {"text": "地"}]))},
     # marks that allow training
     "kto": ({"prompt": Q, "completion": A, "label": True}, PAIR),
     "label that is no mark": ({"question": Q, "answer": A, "label": 0}, PAIR),
@@ -254,7 +286,8 @@ def test_of_a_preference_pair_the_chosen_answer_is_read_on_request_only(form):
 @pytest.mark.parametrize("record, reason", [
     *[(r, "no answer") for r in ([], 3, "x", None, {"messages": [1]})],
     *[(r, "no question or no answer") for r in (
-        {}, {"messages": []}, {"text": "长江很长。"}, {"a": {"b": 1}}, {"answer": A}, {"question": Q,
+        {}, {"question": Q, "A": "天", "B": "地"},
+        {"messages": []}, {"text": "长江很长。"}, {"a": {"b": 1}}, {"answer": A}, {"question": Q,
             "my_answer": A},
         {"question": Q, "answers": [], "is_impossible": True}, {"title": "新闻", "content": "正文"},
         {"question": Q, "answer": " ", "history": [["一", "二"]]},

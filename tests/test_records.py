@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,7 +137,7 @@ def test_a_cut_archive_is_read_up_to_its_damage(here):
 
 
 def test_files_that_hold_no_text_are_refused_by_name(here):
-    for name in ("a.docx", "a.PDF", "a.epub", "a.doc", "a.7z", "a.xlsx"):
+    for name in ("a.docx", "a.PDF", "a.epub", "a.doc", "a.7z", "a.xlsx", "a.jsonl.zst"):
         (here / name).write_bytes(b"x")
         with pytest.raises(UserError, match=f"{name} can't be read; (save it as|unpack it)"):
             find_files([name], SOURCES["text"].wanted)
@@ -157,7 +157,8 @@ def test_markup_and_time_stamps_are_not_text(here):
     cues = ("1\r\n00:00:01,000 --> 00:00:02,500\r\n<i>你好</i>\r\n第 2 行\r\n\r\n2\r\n"
             "00:01:03,000 --> 00:01:04,000\r\n{\\an8}1984\r\n")
     assert read("a.srt", cues) == [("a.srt", "你好\n第 2 行\n1984\n")]
-    cues = "WEBVTT\n\n00:01.000 --> 00:02.500 align:start\n你好\n\n00:03.000 --> 00:04.000\n再见\n"
+    cues = ("WEBVTT\nKind: captions\n\n00:01.000 --> 00:02.500 align:start\n你好\n\n"
+            "00:03.000 --> 00:04.000\n再见\n")
     assert read("a.vtt", cues) == [("a.vtt", "你好\n再见\n")]
     lyrics = "[ti:歌]\n[ar:某人]\n[00:12.00][01:15.3]月亮<00:13.1>升起\n[00:14]来 [副歌]\n"
     assert read("a.lrc", lyrics) == [("a.lrc", "月亮升起\n来 [副歌]\n")]
@@ -173,7 +174,8 @@ def test_broken_markup_keeps_what_is_around_it(text, ending):
 # ---- forms ----
 
 @pytest.mark.parametrize("beginning", ["[本书由某某整理]\n", "{楔子}\n", "[00:00.00]月亮", "[English](a.md) | ",
-                                       "[1] 参考", "[[1], [2]]\n", "[]\n", "{}\n", "[", "{", '["月', '{"a"'])
+                                       "[1] 参考", "[[1], [2]]\n", "[]\n", "{}\n", "[", "{", '["月', '{"a"',
+                                       '["引用"]他说。\n', '[{"a": 1}]\n', '{"text": "月"}\n# 日\n'])
 def test_a_text_that_begins_with_a_bracket_is_a_text(beginning, here):
     for name in ("a.txt", "a.md"):
         assert read(name, beginning + SIMPLIFIED) == [(name, beginning + SIMPLIFIED)]
@@ -189,6 +191,8 @@ TEXTS = [item["text"] for item in ITEMS]
     "".join(map(json.dumps, ITEMS)), "[\n" + ",\n".join(map(json.dumps, ITEMS)) + "\n]",
     json.dumps(TEXTS), "\ufeff" + "\r\n".join(map(json.dumps, ITEMS)),
     "\r".join(map(json.dumps, ITEMS)), json.dumps({"data": ITEMS}),
+    json.dumps({"text": {str(i): text for i, text in enumerate(TEXTS)}}),  # as pandas writes tables
+    json.dumps({"columns": ["n", "text"], "data": [[i, text] for i, text in enumerate(TEXTS)]}),
     "\n\n" + json.dumps(ITEMS[0]) + "\n" + "\n".join(json.dumps(i, indent=1) for i in ITEMS[1:])])
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
 def test_json_is_read_in_any_layout_under_any_name(text, name, here):
@@ -212,6 +216,7 @@ def test_a_wiki_is_a_dump_only_if_it_begins_like_one(here):
     for encoding in ("x-unknown", "gb2312"):
         (found,) = read("a.xml", f'<?xml version="1.0" encoding="{encoding}"?>{page}', "wiki")
         assert found == ("a.xml", "unreadable file")
+    assert read("b.xml", "<rss><item>茶是饮料。</item></rss>", "wiki") == [("b.xml", "not a dump")]
 
 
 def test_a_page_without_text_is_empty_in_every_reader(here):
@@ -298,6 +303,7 @@ def test_a_table_written_with_any_delimiter_is_read_back(rows, delimiter, end, s
     ('text,n\n一,1\n"二,2\n三,3\n', ["一", "not CSV", "三"]),
     ('text,n\n"说\\"一\\"",1\n二,2\n"三""",3\n', ['说"一"', "二", '三"']),
     ("text,n\n一\n二,2,\n三,3,4\n", ["一", "二", "not CSV"]), ("n,text\n1\n2,二\n", ["no text", "二"]),
+    *[(f"{said}text,n\n一,1\n", ["一"]) for said in ("sep=,\n", '"sep=,"\n')],
     (",text,,\n0,一,,\n1,二,,\n", ["一", "二"]), ('text\n5" 屏幕\n', ['5" 屏幕']),
     ("天空为什么是蓝色的？,因为散射。\n海呢？,也是。\n", ["no header", "no text"])])
 def test_faults_of_a_table_lose_no_other_row(table, want, here):
@@ -332,27 +338,3 @@ def test_a_damaged_arrow_file_never_crashes_the_process(here):
             list(SOURCES["text"].documents(["b.arrow"]))"""
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# ---- the cases of people's files ----
-
-CASES = SHARED / "cases"
-WANTED = {("text", "01-txt-first-char-bracket/novel.txt"): 1,
-          ("text", "01-txt-first-char-bracket/book.md"): 1,
-          ("text", "09-list-of-lines/poetry.json"): 40,
-          ("wiki", "11-wikiextractor-empty"): 60, ("text", "12-array-in-jsonl/strings.json"): 40,
-          **{("chat", f"12-array-in-jsonl/{name}.jsonl"): 40 for name in (
-              "pretty", "oneline", "trailing_comma", "concat_pretty")},
-          **{("text", f"12-array-in-jsonl/text_{name}.jsonl"): 40 for name in ("pretty", "oneline")},
-          **{("chat", f"16-csv/{name}"): 40 for name in (
-              "semicolon.csv", "sep_line.csv", "short_rows.csv", "backslash.csv", "pandas_index.csv",
-              "trailing_empty_cols.csv", "excel_unicode.txt")}}
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases here")
-@pytest.mark.parametrize("source, path", WANTED)
-def test_a_file_that_people_have_gives_its_documents(source, path):
-    found = find_files([CASES / path], SOURCES[source].wanted)
-    docs = [clean_document(doc, Rules()) for _, doc in SOURCES[source].documents(found)
-            if not isinstance(doc, Dropped)]
-    assert sum(not reason for _, reason, _ in docs) == WANTED[source, path]
