@@ -36,7 +36,8 @@ import torch
 
 from common.device import choose_device, choose_dtype
 from common.settings import check_range, check_ranges, configure
-from corpus.files import SNIFF_BYTES, UNDECODABLE, decoded
+from corpus.encoding import UnknownEncoding
+from corpus.files import SNIFF_BYTES, UNDECODABLE, decoded, refuse_pipe
 from models.folders import RANGES, find_model, load_model, read_generation_config
 from sampling.chat import Chat, chat_in_terminal
 from sampling.text import continue_texts, encode_start, generate_text, print_stream, printable
@@ -63,8 +64,12 @@ def read_start(start):
     """Return the text of the setting `start`, read from the file in FILE:path."""
     if not start.startswith("FILE:"):
         return start
+    refuse_pipe(start[5:])
     with open(start[5:], "rb", SNIFF_BYTES) as file:
-        text = decoded(file, newline=None).read()
+        try:
+            text = decoded(file, newline=None).read()
+        except UnknownEncoding:
+            text = UNDECODABLE
     if UNDECODABLE in text:
         raise UserError(f"{start[5:]}: no known encoding; save it as UTF-8")
     return text

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from common.command_line import UserError
-from corpus.files import Dropped, find_files, read_each, suffix
+from corpus.files import Dropped, find_files, read_each, refuse_pipe, suffix
 from corpus.records import RECORDS, records
 
 
@@ -92,6 +92,7 @@ def is_table(name):
 def read_names(file):
     """Return {file name: subject} of a JSON file; C-Eval's has [English, Chinese, kind] as subject.
     """
+    refuse_pipe(file)
     try:
         table = json.loads(Path(file).read_text(encoding="utf-8-sig")) if file else {}
         return {k: v if isinstance(v, str) else str(v[1]) for k, v in table.items()}

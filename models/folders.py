@@ -110,7 +110,8 @@ def model_folder(path):
     if folder.name in ("best", "final") and (others := run_models(folder.parent)):
         raise UserError(f"there is no {path}, only {others[0].as_posix()}")
     name = str(path)
-    if name.count("/") > 1 or "/" in name and folder.parent.is_dir() or not name:
+    own = name.startswith(("data/", "out/"))  # in another working folder
+    if own or name.count("/") > 1 or "/" in name and folder.parent.is_dir() or not name:
         raise UserError(f"{folder.absolute()}: no such folder, and {path} is not a hub id like "
                         "Qwen/Qwen3-0.6B")
     return download_model(name)

@@ -62,6 +62,8 @@ def check_files(folder, files):
                                 f"because a pickle can run code. {convert}")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json, so not a model folder")
+    if not files:
+        raise FileNotFoundError(f"{folder}: no .safetensors file, so no weights; copy it there")
 
 
 def shorten_context(model, block_size):

@@ -12,7 +12,8 @@ from test_scripts import back_to_the_checkpoint_before, train, weights
 
 from common.command_line import UserError
 from gpt import GPT, GPTConfig
-from models.folders import load_base_model, load_model, newest_model, read_generation_config
+from models.folders import (
+    load_base_model, load_model, model_folder, newest_model, read_generation_config)
 from models.hf import save_pretrained
 from models.load import from_pretrained
 from tokens.bins import Bins
@@ -130,6 +131,19 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path,
     for path, what in ((folder / "pytorch_model.bin", "a pickle can run code"),
                        (folder / "config.json", "is not a folder")):
         one_line(run(tmp_path, "sample.py", f"--model={path}", "--start=x"), what)
+
+
+def test_a_path_in_data_or_out_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for refused in (lambda: load_tokenizer("data/demo"), lambda: model_folder("out/base")):
+        with pytest.raises(UserError, match=f"{tmp_path}.*no such f"):
+            refused()
+
+
+def test_a_config_without_weights_is_one_line(base, tmp_path):
+    shutil.copy(base / "out/tiny/best/config.json", tmp_path)
+    with pytest.raises(UserError, match="no .safetensors file, so no weights"):
+        load_model(tmp_path)
 
 
 def test_weights_without_a_config_are_one_line(tmp_path):

@@ -1,6 +1,7 @@
 """The scripts: training that resumes exactly, fine-tuning, sampling, refusals in one line."""
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -495,7 +496,9 @@ def test_a_start_is_read_in_the_encodings_of_the_corpus(encoding, tmp_path):
 
 def test_a_start_that_cannot_be_read_is_one_line(base, tmp_path):
     (tmp_path / "bad.bin").write_bytes(bytes(range(256)) * 40)
-    for name, what in (("bad.bin", "no known encoding"), ("no.txt", "No such file"), ("", "")):
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (("bad.bin", "no known encoding"), ("no.txt", "No such file"), ("", ""),
+                       ("pipe", "is a pipe or a device")):
         path = str(tmp_path / name)
         one_line(run(base, "sample.py", f"--start=FILE:{path}"), path, what)
 

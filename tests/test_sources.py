@@ -369,7 +369,7 @@ def test_inspect_draws_a_set_and_refuses_a_damaged_one(here, tokenizer):
     for split in ("train", "val"):
         file = here / f"data/x/{split}.bin"
         file.write_bytes(b"\xff" * file.stat().st_size)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="train.bin has changed"):
         prepare.main(["inspect", "x"])
     with pytest.raises(UserError, match="prepared set"):
         prepare.main(["tokenizer", "a.jsonl", "--name=x"])

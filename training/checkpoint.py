@@ -139,8 +139,11 @@ def check_resumable(cfg, bins, checkpoint, file):
     shape = SHAPE if new["init_from"] == "auto" else ("block_size",)
     for name in ("data", "seed", "optimizer", "init_from", "rows per step", *shape):
         if name in new and new[name] != old[name]:
-            if name == "data" and new["dataset"] != old["dataset"]:
-                name = "dataset"  # says more than the hashes
+            if name == "data":  # the names say more than the hashes
+                name = "dataset"
+                if new[name] == old[name]:
+                    old[name] += " as it was then"
+                    new[name] += " as it is now"
             raise UserError(f"{file} was made with {name}={old[name]}, not {new[name]}. "
                             "Choose another --out_dir for a new run, or --overwrite this one")
 
