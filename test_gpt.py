@@ -153,7 +153,7 @@ def test_weights_of_which_some_would_be_left_out_are_refused(tmp_path):
     config.write_text(json.dumps(own | dict(bias=True)), encoding="utf-8")
     name = "transformer.ln_f.bias"
     save_file({name: tensors[name]}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="stands in another"):
+    with pytest.raises(ValueError, match="is also in another"):
         from_pretrained(tmp_path)
     (tmp_path / "a.safetensors").unlink()
     save_file(tensors | {name: tensors[name].to(torch.int8)}, weights)

@@ -27,8 +27,8 @@ def _block(encoding, first, last):
     return {char for code in codes if (char := code.decode(encoding, "ignore")) > "\x7f"}
 
 
-# The weight of a character as evidence for its decoding: 1 for common Han characters of both scripts,
-# punctuation, kana and hangul, 2 for frequent ones, 0 for all others.
+# The weight of a character as evidence for its decoding: 1 for common Han characters of both
+# scripts, punctuation, kana and hangul, 2 for frequent ones, 0 for all others.
 PUNCTUATION_KANA_HANGUL = ((0x2010, 0x2027), (0x3000, 0x3012), (0x3041, 0x30FF), (0xAC00, 0xD7A4),
                            (0xFF01, 0xFF5F))
 CHINESE = (dict.fromkeys(_block("gb2312", 0xB0A1, 0xD7F9) | _block("big5", 0xA440, 0xC67E), 1)

@@ -87,8 +87,8 @@ def read_text(name, stream, field="", lines=False):
 HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|<(script|style|noscript|template|svg|select|iframe)\b"
                     r"[^<>]*(?<!/)>.*?(?:</\1\s*>|\Z)", re.S | re.I)
 TAG = re.compile(r"""</?([a-z!?][^\s<>/]*)(?:[^<>"']|"[^"]*"|'[^']*')*+>""", re.I)
-INLINE = frozenset("a abbr acronym b bdi bdo big cite code del dfn em font i img ins kbd label mark "
-                   "q rp rt ruby s samp small span strike strong sub sup tt u var wbr".split())
+INLINE = frozenset("a abbr acronym b bdi bdo big cite code del dfn em font i img ins kbd label "
+                   "mark q rp rt ruby s samp small span strike strong sub sup tt u var wbr".split())
 # Time stamps, the numbers above them, and tags, of subtitles and of lyrics.
 SUBTITLE = re.compile(r"\A\ufeff?WEBVTT.*\n(?:(?!.*-->).+\n)*"
                       r"|(?:^\s*\d+[ \t]*\n)?^.*\d\d:\d\d[,.]\d+[ \t]*-->.*\n?"

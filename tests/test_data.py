@@ -222,7 +222,8 @@ def test_a_named_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x.json")
     one_line(run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={tmp_path}/x.json"),
              "x.json is neither a file nor a folder")
-    one_line(run(tmp_path, "prepare.py", "text", tmp_path / "x.json"), "x.json is a pipe or a device")
+    refused = run(tmp_path, "prepare.py", "text", tmp_path / "x.json")
+    one_line(refused, "x.json is a pipe or a device")
 
 
 def test_without_an_answer_from_the_hub_only_the_cache_is_asked(monkeypatch):

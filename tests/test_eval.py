@@ -129,8 +129,9 @@ def test_a_file_is_cleaned_as_prepare_cleans_it(tiny, tmp_path):
     (tmp_path / "bad.txt").write_bytes("长江是一条很长的河。\n".encode() * 50 + b"\xe9\x95\n")
     skipped = Counter()
     docs = list(evaluation.texts_to_score(str(tmp_path), skipped))
-    assert docs == ["\n".join(["长江是一条很长的河。"] * 50), "长江是一条河。", "水" + " " * 100 + "火", "😀"]
-    assert skipped == {"undecodable lines": 1, f"{tmp_path / 'x.jsonl'}:3: empty": 1}
+    assert docs == ["\n".join(["长江是一条很长的河。"] * 50), "水" + " " * 100 + "火", "😀"]
+    assert [key.removeprefix(f"{tmp_path / 'x.jsonl'}:")[:15] for key in sorted(skipped)] == [
+        "1: bad encoding", "3: empty", "undecodable lin"] and set(skipped.values()) == {1}
     assert math.isfinite(bits_per_byte(*tiny, docs)["bpb"])
 
 
@@ -226,7 +227,7 @@ def test_choice_prints_every_subject_and_both_means(output, tmp_path):
     rows = [line.split() for line in printed.splitlines() if "±" in line][1:]
     assert [row[:3] for row in rows] == [["5", "1", "25.00%"], ["2", "2", "25.00%"],
                                          ["5", "2", "37.50%"], ["12", "5", "30.00%"]]
-    assert "skipped 1: not CSV" in printed and "mean of 3 subjects" in printed
+    assert "skipped 1: not JSON" in printed and "mean of 3 subjects" in printed
     assert "nan" not in printed and re.search(r"% ± +- .*law_val", printed)  # one question
 
 

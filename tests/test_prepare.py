@@ -22,7 +22,7 @@ from common import files
 from common.command_line import UserError, report_interrupt, run_main
 from common.settings import configure
 from corpus import hub
-from tokens.bins import SPLITS, Bins
+from tokens.bins import SPLITS, VERIFIED, Bins
 from tokens.splits import named_splits
 
 DEMO = ROOT / "data" / "raw" / "demo"
@@ -55,7 +55,8 @@ def numbers(name, split):
 
 
 def files_of(folder):
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "meta.json"}
+    files = (p for p in Path(folder).iterdir() if p.name not in ("meta.json", VERIFIED))
+    return {p.name: p.read_bytes() for p in files}
 
 
 # ---- given splits ----

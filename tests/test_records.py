@@ -85,7 +85,8 @@ def test_frequent_characters_are_decoded_rightly_or_refused(text, encoding):
 
 
 def test_a_line_with_bad_bytes_is_dropped_in_its_place(here):
-    lines = [json.dumps({"text": f"{SIMPLIFIED}{i}"}, ensure_ascii=False).encode() for i in range(9)]
+    lines = [json.dumps({"text": f"{SIMPLIFIED}{i}"}, ensure_ascii=False) for i in range(9)]
+    lines = [line.encode() for line in lines]
     lines[3] = lines[3].replace("青".encode(), b"\xe9\x9d")
     lines[5] = rb'{"text": "\ud83d"}'
     lines[6] = rb'{"text": "\ud83d\ude00"}'
@@ -128,7 +129,7 @@ def test_members_of_an_archive_are_documents(name, here, capsys):
 
 
 def test_a_cut_archive_is_read_up_to_its_damage(here):
-    lines = b"".join(json.dumps({"text": os.urandom(500).hex()}).encode() + b"\n" for _ in range(500))
+    lines = "".join(json.dumps({"text": os.urandom(500).hex()}) + "\n" for _ in range(500)).encode()
     archive("a.tar.gz", [(f"{i}.jsonl", lines) for i in range(3)])
     (here / "a.tar.gz").write_bytes((here / "a.tar.gz").read_bytes()[:450_000])
     found = [doc for _, doc in read("a.tar.gz")]
@@ -173,9 +174,10 @@ def test_broken_markup_keeps_what_is_around_it(text, ending):
 
 # ---- forms ----
 
-@pytest.mark.parametrize("beginning", ["[本书由某某整理]\n", "{楔子}\n", "[00:00.00]月亮", "[English](a.md) | ",
-                                       "[1] 参考", "[[1], [2]]\n", "[]\n", "{}\n", "[", "{", '["月', '{"a"',
-                                       '["引用"]他说。\n', '[{"a": 1}]\n', '{"text": "月"}\n# 日\n'])
+@pytest.mark.parametrize("beginning", [
+    "[本书由某某整理]\n", "{楔子}\n", "[00:00.00]月亮", "[English](a.md) | ", "[1] 参考", "[[1], [2]]\n",
+    "[]\n", "{}\n", "[", "{", '["月', '{"a"', '["引用"]他说。\n', '[{"a": 1}]\n',
+    '{"text": "月"}\n# 日\n'])
 def test_a_text_that_begins_with_a_bracket_is_a_text(beginning, here):
     for name in ("a.txt", "a.md"):
         assert read(name, beginning + SIMPLIFIED) == [(name, beginning + SIMPLIFIED)]
@@ -251,8 +253,8 @@ def test_a_list_of_lines_is_a_text_below_its_title(here):
 # ---- JSON ----
 
 NAMES = st.text("ab{}[],:\"\\' 茶\n", max_size=8)
-RECORD = st.tuples(NAMES, st.lists(st.builds(dict, role=NAMES, n=st.integers(0, 9)), max_size=3)).map(
-    lambda pair: dict(text=pair[0], more=pair[1]))
+PARTS = st.lists(st.builds(dict, role=NAMES, n=st.integers(0, 9)), max_size=3)
+RECORD = st.builds(dict, text=NAMES, more=PARTS)
 
 
 @given(st.lists(RECORD, min_size=2, max_size=6), st.data(), st.sampled_from([None, 2]))
@@ -290,8 +292,9 @@ def test_a_table_written_with_any_delimiter_is_read_back(rows, delimiter, end, s
     out = io.StringIO(f"sep={delimiter}{end}" * said, newline="")
     out.seek(0, io.SEEK_END)
     header = ["question", "answer", "n"]
-    csv.writer(out, delimiter=delimiter, lineterminator=end,
-               quoting=csv.QUOTE_ALL if end == "\r" else csv.QUOTE_MINIMAL).writerows([header, *rows])
+    quoting = csv.QUOTE_ALL if end == "\r" else csv.QUOTE_MINIMAL
+    table = csv.writer(out, delimiter=delimiter, lineterminator=end, quoting=quoting)
+    table.writerows([header, *rows])
     name = "a.tsv" if delimiter == "\t" else "a.csv"
     stream = io.BufferedReader(io.BytesIO(out.getvalue().encode()), files.SNIFF_BYTES)
     found = [row for _, row in records.records(name, stream)]

@@ -198,8 +198,8 @@ def test_a_run_is_not_resumed_on_changed_data(place):
     train(place, *words, "--max_iters=4")
     before = (place / "out/x/ckpt_step_4.pt").read_bytes()
     prepare("wiki_05")
-    one_line(run(place, "pretrain.py", *TINY, *words, "--max_iters=6"), "dataset=own as it was then, not own",
-             "--overwrite")
+    refused = run(place, "pretrain.py", *TINY, *words, "--max_iters=6")
+    one_line(refused, "dataset=own as it was then, not own", "--overwrite")
     assert (place / "out/x/ckpt_step_4.pt").read_bytes() == before
 
 

@@ -602,7 +602,8 @@ def test_every_config_file_is_a_run_of_its_script(file):
                                fixed=pretrain.SHAPE)
     else:
         cfg, words = configure(pretrain.__file__, [str(file)])
-        bins = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=16_000))
+        bins = SimpleNamespace(tokenizer=SimpleNamespace(
+            vocab_size=16_000, padded_vocab_size=16_000))
         with torch.device("meta"):
             model = pretrain.make_model(cfg, bins)
             logits = model(torch.zeros(1, cfg.block_size, dtype=torch.long), last=True)

@@ -82,7 +82,8 @@ def find_tokenizer(name):
     hub_id = HUB_NAMES.get(name, name)
     own = name.startswith(("data/", "out/"))  # in another working folder
     if hub_id == name and (own or path.suffix or name.count("/") != 1 or path.parent.is_dir()):
-        raise UserError(f"tokenizer {path.absolute() if own else name}: no such file, and no hub id like Qwen/Qwen2-0.5B")
+        raise UserError(f"tokenizer {path.absolute() if own else name}: no such file, and no hub "
+                        "id like Qwen/Qwen2-0.5B")
     from huggingface_hub import hf_hub_download
     try:
         return from_hub(hf_hub_download, hub_id, "tokenizer.json")

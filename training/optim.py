@@ -8,11 +8,13 @@ STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}
 
 def configure_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas):
     """Return a list of optimizers: AdamW for all, or Muon for the blocks' matrices and AdamW for
-    the rest.
+    the rest; ValueError for another name.
 
     Weight decay applies to the blocks' matrices only: not to norms, biases, embeddings and an
     untied head. Each group keeps its peak rate as group["peak_lr"], which the schedule scales.
     """
+    if optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer must be adamw or muon, got {optimizer}")
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     matrix_ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in matrix_ids]
