@@ -440,8 +440,7 @@ class GPT(nn.Module):
         yielded, and yields -1 from then on; generation ends when all rows have ended or after
         max_new_tokens. Past block_size the last half of the context is kept and read again.
         seed: a list with one seed per row, or an int: row i uses seed + i; so a row is the same in
-        any batch. cache: a KVCache of block_size from the call before, so that only what is new in
-        ids is read.
+        any batch. cache: the KVCache of the call before; then only what is new in ids is read.
         """
         block_size, vocab_size, device = self.config.block_size, self.config.vocab_size, ids.device
         seeds = range(seed, seed + len(ids)) if isinstance(seed, int) else seed
