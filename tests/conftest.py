@@ -130,6 +130,19 @@ def demo(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tokenizer(demo):
+    """The setting of prepare.py that names the demo's tokenizer."""
+    return f"--tokenizer={demo / 'data' / 'demo'}"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, which is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture
 def place(demo, tmp_path):
     """An empty folder that sees the prepared demo sets."""

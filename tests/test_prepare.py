@@ -28,17 +28,6 @@ from tokens.splits import named_splits
 DEMO = ROOT / "data" / "raw" / "demo"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return f"--tokenizer={demo / 'data' / 'demo'}"
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def write_texts(file, name, numbers):
     """Write a .jsonl file of texts, or of dialogues if name is "chat"; return the file's name."""
     text = [f"第{i}篇{name}，讲的是一件很小的事情。" for i in numbers]

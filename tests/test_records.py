@@ -27,12 +27,6 @@ JAPANESE = "この文書は、長江という川についてまとめたもの�
 KOREAN = "이 문서는 중국에서 가장 긴 강에 대한 것입니다.\n강은 바다로 흘러갑니다."
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def read(name, data=None, source="text", **options):
     """Return [(place, document)] of a file with this content; of a Dropped its reason."""
     if data is not None:

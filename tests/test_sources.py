@@ -51,17 +51,6 @@ ARTICLE = """茶
 在街庄里，人们用紫砂壶泡茶。茶者，南方之嘉木也。"""
 
 
-@pytest.fixture(scope="module")
-def tokenizer(demo):
-    return f"--tokenizer={demo / 'data' / 'demo'}"
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def read_all(source, files):
     return [document for _, document in SOURCES[source].documents(files)]
 
