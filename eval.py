@@ -1,14 +1,17 @@
-"""Evaluate a model: bits per byte, Chinese multiple choice, memorisation of the training text.
+"""Evaluate a model: bits per byte, Chinese multiple choice, knowledge, memorised text.
 
     python eval.py bpb demo            # of a prepared set's val split, or of a text file
     python eval.py choice cmmlu/test   # .csv or .jsonl tables of questions; a file is a subject
-    python eval.py cloze demo          # which of four first sentences follows a held-out title?
+    python eval.py cloze demo          # which of four sentences follows that of a held-out text?
     python eval.py overlap demo        # how much of the model's samples is copied from the set
+    python eval.py facts [FILE]        # a chat model: do its answers contain the right key words?
+    python eval.py answers demo_chat   # a chat model: does it repeat the answers of a set?
 
 --model= names any model folder or hub id: ours, or Hugging Face's GPT-2 and Qwen3.
 """
 # ---- model ----
-model = ""             # folder, checkpoint or hub id; "" = the newest base run under out/
+model = ""             # folder, checkpoint, hub id or xiaoyu; "" = the newest base run (facts and
+#                        answers: chat run) under out/, or where there is none xiaoyu
 block_size = 4096      # context in tokens; the model's own where that is shorter
 batch_size = 8         # rows per forward pass
 # ---- bpb ----
@@ -18,8 +21,11 @@ stride = 0             # tokens from one window to the next; 0 = the context, as
 description = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。"  # begins each prompt
 subjects = ""          # JSON file {file's name: subject}, such as C-Eval's subject_mapping.json
 endoftext = False      # begin with <|endoftext|>, as our documents do; lm-eval does not
-# ---- cloze, overlap ----
-seed = 1337            # cloze: chooses the wrong sentences; overlap: sample i has the seed seed + i
+# ---- cloze, overlap, facts, answers ----
+seed = 1337            # chooses the wrong sentences of cloze, the questions of answers and the
+#                        turns before a question; sample i of overlap has the seed seed + i
+# ---- answers ----
+num_questions = 60     # of each split; those whose answer has over 64 tokens are left out
 # ---- overlap ----
 num_samples = 20
 max_new_tokens = 256   # of each sample
@@ -37,6 +43,7 @@ dtype = "auto"         # to compute in: float32, bfloat16, float16; auto: as in 
 import re
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -49,21 +56,28 @@ from common.settings import check_ranges, configure
 from corpus.clean import Rules, clean_document
 from corpus.files import Dropped, find_files
 from corpus.sources import SOURCES
+from evaluation.answers import (
+    SAME, ask_in_chats, ask_reworded, character_f1, contains_key, greedy_answers, known_questions,
+    mean_and_error, read_facts)
 from evaluation.likelihood import bits_per_byte, choose, standard_error
-from evaluation.questions import PROMPTS, list_reasons, read_questions, title_questions
-from models.folders import RANGES, find_model, load_model
+from evaluation.questions import PROMPTS, list_reasons, read_questions, sentence_questions
+from models.folders import RANGES, check_chat_tokens, find_model, load_model
 from sampling.text import continue_texts
-from tokens.bins import Bins, set_folder
+from tokens.bins import SPLITS, Bins, set_folder
 
+FACTS = Path(__file__).parent / "data" / "raw" / "demo" / "dialogues_val.jsonl"
 NUMBERS = RANGES | dict(block_size=(2, 2**40), batch_size=(1, 2**40), stride=(0, 2**40),
-                        seed=(0, 2**62), num_samples=(1, 2**40), max_new_tokens=(1, 2**40))
+                        seed=(0, 2**62), num_samples=(1, 2**40), num_questions=(3, 2**40),
+                        max_new_tokens=(1, 2**40))
 
 
 @contextmanager
-def load(cfg):
+def load(cfg, kind="base"):
     """Provide (model, its tokenizer); inside, the model computes as in training's evaluations."""
-    path = find_model(cfg.model, "base")
+    path = find_model(cfg.model, kind)
     model, tok = load_model(path, block_size=cfg.block_size)
+    if kind == "chat":
+        check_chat_tokens(model, tok)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device.type)
     print(f"[{path}, {device}, {str(dtype)[6:]}]")
@@ -151,9 +165,9 @@ def choice(cfg, arguments):
 
 
 def cloze(cfg, arguments):
-    """Print how often the model finds the first sentence of a held-out title among four."""
+    """Print how often the model finds the second sentence of a held-out text among four."""
     bins = Bins(single_argument(arguments or ["demo"], "prepared set"))
-    questions = title_questions(read_texts(bins, "val"), cfg.seed)
+    questions = sentence_questions(read_texts(bins, "val"), cfg.seed)
     with load(cfg) as (model, tok):
         subjects = {bins.folder: questions}
         print_accuracy(model, tok, subjects, ("sentences",), [tok.eot], cfg.batch_size)
@@ -238,7 +252,40 @@ def overlap(cfg, arguments):
               f"{len(passage):,} characters: {passage!r}")
 
 
-TASKS = dict(bpb=bpb, choice=choice, cloze=cloze, overlap=overlap)
+# ---- answers ----
+
+def facts(cfg, arguments):
+    """Print how many greedy answers of a chat model contain a key of the right answer, in three
+    kinds of chat; chance: a key of another question."""
+    dialogues, keys = zip(*read_facts(arguments or [FACTS]))
+    with load(cfg, "chat") as (model, tok):
+        answer = partial(greedy_answers, model, tok, cfg.batch_size)
+        print("  asked    right ±  error   chance ±  error")
+        for name, given in ask_in_chats(answer, dialogues, cfg.seed):
+            shown = (mean_and_error(values) for values in contains_key(given, keys))
+            print(f"{len(given):7,}", *(f"{p:8.2%} ± {e:6.2%}" for p, e in shown), f" {name}")
+
+
+def answers(cfg, arguments):
+    """Print how many greedy answers of a chat model are those of a chat set, to trained and to
+    held-out questions: alone, in chats and reworded."""
+    bins = Bins(single_argument(arguments or ["demo_chat"], "prepared set of dialogues"))
+    if bins.kind != "chat":
+        raise UserError(f"{bins.folder} holds texts; answers are compared with those of dialogues")
+    with load(cfg, "chat") as (model, tok):
+        answer = partial(greedy_answers, model, tok, cfg.batch_size)
+        print(f"  asked  F1>={SAME}  mean F1")
+        for split in SPLITS:
+            dialogues, references = zip(*known_questions(bins, split, cfg.num_questions, cfg.seed))
+            for name, given in chain(ask_in_chats(answer, dialogues, cfg.seed),
+                                     ask_reworded(answer, dialogues)):
+                f1 = list(map(character_f1, given, references))
+                print(f"{len(f1):7,} {sum(f >= SAME for f in f1):8,} {sum(f1) / len(f1):8.3f}  "
+                      f"{split}, {name}")
+
+
+TASKS = dict(bpb=bpb, choice=choice, cloze=cloze, overlap=overlap, facts=facts,
+             answers=answers)
 
 
 def main():

@@ -404,8 +404,11 @@ class GPT(nn.Module):
         x = self.hidden(ids, doc_ids, caches)                    # (B, T, C)
         if targets is None:
             return F.linear(x[:, -1:] if last else x, self.head)  # (B, T or 1, V)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.head, targets.flatten(),
-                                    self.logits_budget(), self.loss_chunk)
+        x, targets = x.flatten(0, 1), targets.flatten()          # (B * T, C), (B * T,)
+        if doc_ids is not None:  # dialogues: many positions have no target and need no logits
+            trained = (targets >= 0).nonzero()[:, 0]
+            x, targets = x[trained], targets[trained]
+        loss = linear_cross_entropy(x, self.head, targets, self.logits_budget(), self.loss_chunk)
         return loss, (targets >= 0).sum()
 
     def logits_budget(self):

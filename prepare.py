@@ -15,7 +15,7 @@ of paths.
 name = ""            # folder under data/; "" = the names of the sources
 # ---- tokenizer ----
 tokenizer = ""       # bytebpe (trained here), qwen, gpt2, a hub id or a path; "" = qwen; for demo
-#                      bytebpe; for chat sources that of the newest base model under out/
+#                      bytebpe; for chat sources that of the newest base model, else xiaoyu's
 vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, for demo 4,096
 split_rule = ""      # gpt2, cl100k, o200k or qwen, for vocab.json or .tiktoken files of other sizes
 # ---- input ----
@@ -33,7 +33,7 @@ near_duplicates = 0.0  # drop texts at least this similar to an earlier one, e.g
 #                      (pip install datasketch)
 # ---- split and speed ----
 val = ""             # file or folder to validate on; "" = files named dev, val ..., else a share
-val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.005, for demo 0.05
+val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.005
 workers = 0          # processes that clean and encode; 0 = one per core, fewer for little text
 # ---- inspect ----
 plot = False         # also draw data/NAME/inspect.png (pip install matplotlib)
@@ -326,17 +326,18 @@ def prepare_tokenizer(words, cfg):
 
 
 def prepare_demo(words, cfg):
-    """Prepare data/demo (articles, and the dialogues as plain text) and data/demo_chat, which share
-    one tokenizer."""
+    """Prepare data/demo (texts, and the training dialogues as plain text) and data/demo_chat, which
+    share one tokenizer."""
     if given := words[0] if words else cfg.val:
         raise UserError(f"demo is the embedded text and takes no path ({given})")
-    name, chat = cfg.name or "demo", [("chat", [str(DEMO / "chat.jsonl")], "")]
-    text = [("wiki", find_files([DEMO / "wiki_zh"], SOURCES["wiki"].wanted), ""), *chat]
-    sets = ((text, "text", name), (chat, "chat", f"{name}_chat"))
+    name = cfg.name or "demo"
+    texts, chats = (parse_sources([source, *map(str, DEMO.glob(files))])
+                    for source, files in (("text", "texts_*.jsonl"), ("chat", "dialogues_*.jsonl")))
+    texts += [source for source in chats if source[2] == "train"]
+    sets = (texts, "text", name), (chats, "chat", f"{name}_chat")
     for _, _, set_name in sets:
         check_replaceable(Path("data") / set_name)
-    cfg.val_fraction = cfg.val_fraction or 0.05
-    tok = make_tokenizer(cfg.tokenizer or "bytebpe", text, cfg, 4096)
+    tok = make_tokenizer(cfg.tokenizer or "bytebpe", texts, cfg, 4096)
     for sources, kind, set_name in sets:
         prepare(sources, kind, set_name, tok, cfg)
 
@@ -350,11 +351,10 @@ def prepare_sources(words, cfg):
     cfg.val_fraction = cfg.val_fraction or 0.005
     base = None
     if kind == "chat" and not cfg.tokenizer:
-        from models.folders import newest_model  # here, because it imports torch
-        base = newest_model("base")
-    if base:
-        print(f"tokenizer: that of {base}")
-    tok = make_tokenizer(cfg.tokenizer or str(base or "qwen"), sources, cfg)
+        from models.folders import find_model  # here, because it imports torch
+        base = find_model("", "base", "tokenizer")
+        print(f"tokenizer: that of {base}; for another base model --tokenizer=ITS_FOLDER")
+    tok = make_tokenizer(cfg.tokenizer or base or "qwen", sources, cfg)
     prepare(sources, kind, name, tok, cfg)
 
 

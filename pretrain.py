@@ -8,11 +8,13 @@ The same command resumes from the newest checkpoint. Ctrl-C saves one first.
 """
 # ---- run ----
 out_dir = "out/pretrain"  # folder for checkpoints, log.jsonl, best/ and final/
-init_from = "auto"        # auto: resume out_dir, else a new model; scratch; a folder or hub id
+init_from = "auto"        # auto: resume out_dir, else a new model; scratch; xiaoyu, a folder or
+#                         hub id: start from that model
 overwrite = False         # let a new run replace the one in out_dir
 seed = 1337               # of the initial weights, the order of the data and dropout
 # ---- data ----
-dataset = "wiki"          # folder under data/; or several with weights: "wiki:0.7,thucnews:0.3"
+dataset = "wiki"          # folder under data/; or several with weights: "wiki:0.7,thucnews:0.3".
+#                         Dialogues may be among them, but validation is on the texts
 block_size = 256          # tokens of context
 batch_size = 8            # sequences per micro-batch and per process
 gradient_accumulation_steps = 32  # micro-batches per step over all processes: 8 * 32 * 256 = 65,536
@@ -69,7 +71,7 @@ from common.settings import check_ranges, configure
 from models.hf import SAMPLING, save_model, saved_value
 from tokens.batches import TextData
 from tokens.bins import open_sets
-from tokens.demo import prepare_demo
+from tokens.demo import demo_sets, prepare_demo
 from training.checkpoint import (
     SHAPE, find_checkpoint, incompatible_as_user_error, is_finished, restore_model,
     save_checkpoint, steps_to_keep)
@@ -95,8 +97,9 @@ RANGES = dict(  # of the numeric settings, both ends included; no real run comes
 def make_model(cfg, bins):
     """Return a new model for bins, or the one that init_from names."""
     if cfg.init_from not in ("auto", "scratch"):
-        from models.folders import load_base_model  # here: a new model needs none of it
-        model = load_base_model(cfg.init_from, bins, cfg.dropout, cfg.block_size)
+        from models.folders import find_model, load_base_model  # here: a new model needs none
+        path = find_model(cfg.init_from, "base", "init_from")
+        model = load_base_model(path, bins, cfg.dropout, cfg.block_size)
         if cfg.block_size > model.config.block_size:
             raise UserError(f"block_size={cfg.block_size} is more than {cfg.init_from} was made "
                             f"for ({model.config.block_size})")
@@ -370,7 +373,7 @@ def train(cfg, make_model, make_data, kind):
     cfg.block_size = model.config.block_size  # sft.py has that of its base model
     data = make_data(bins, cfg)
     with avoidable_errors(cfg, ctx):
-        print_plan(cfg, ctx, model, data, step, kind)
+        print_plan(cfg, ctx, model, data, step)
         model.to(ctx.device)
         if cfg.compile:
             model.compile_parts()
@@ -389,7 +392,7 @@ def main():
     cfg, words = configure(__file__)
     check_settings(cfg, words)
     if train(cfg, make_model, TextData, "base"):
-        chat = "python sft.py config/demo_sft.py" if cfg.dataset == "demo" else (
+        chat = "python sft.py config/demo_sft.py" if demo_sets(cfg.dataset) else (
             "python prepare.py chat PATH, then python sft.py config/sft_zh.py")
         print(f'\nnext:  python sample.py --start="数学是"\n       {chat}')
 

@@ -1,4 +1,5 @@
-"""Continue a text, or chat, with the newest run under out/ or any model folder or hub id.
+"""Continue a text, or chat, with the newest run under out/, any model folder or hub id, or xiaoyu,
+the model that comes with the code.
 
     python sample.py --start="数学是"
     python sample.py --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=100
@@ -6,7 +7,8 @@
     python sample.py --web                     # in the browser (pip install gradio)
 """
 # ---- task ----
-model = ""             # folder, checkpoint or hub id; "" = the newest base or chat run under out/
+model = ""             # folder, checkpoint, hub id or xiaoyu; "" = the newest base or chat run
+#                        under out/, or where there is none xiaoyu
 start = ""             # text to continue, or FILE:path
 starts = ""            # several texts, "|" between them: each sample takes the next one
 num_samples = 1        # sample i has the seed seed + i

@@ -8,12 +8,14 @@ the shape of the model, which comes from the base model.
 """
 # ---- run ----
 out_dir = "out/sft"
-init_from = "auto"       # auto: resume out_dir, else start from the newest base model under out/;
-#                          or the folder or hub id of a base model
+init_from = "auto"       # auto: resume out_dir, else start from the newest base model under out/,
+#                          else xiaoyu; or xiaoyu, a folder or a hub id
 # ---- data ----
 dataset = "chat"         # folder under data/, written by prepare.py chat
 batch_size = 8           # rows of packed dialogues per micro-batch and per process
 gradient_accumulation_steps = 4
+multi_turn = 0.5         # share of the rows whose dialogues are joined to one conversation, so that
+#                          a model answers after a change of subject, too; 0 = none, 1 = every row
 # ---- optimizer ----
 learning_rate = 5e-5     # 10 times below pretraining, to limit forgetting
 warmup_iters = 50
@@ -25,7 +27,7 @@ sample_start = "你好|你是谁？|什么是细胞？"  # questions asked at ea
 
 import pretrain
 from common.command_line import UserError, run_main
-from common.settings import configure
+from common.settings import check_ranges, configure
 from models.folders import find_model, load_base_model
 from tokens.chat_batches import ChatData
 from training.checkpoint import SHAPE
@@ -46,6 +48,7 @@ def main():
     """Fine-tune as the command line says."""
     cfg, arguments = configure(__file__, base=pretrain.__file__, fixed=SHAPE)
     pretrain.check_settings(cfg, arguments)
+    check_ranges(cfg, dict(multi_turn=(0, 1)))
     if pretrain.train(cfg, make_model, ChatData, "chat"):
         print("\nnext:  python sample.py --chat")
 

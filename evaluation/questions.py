@@ -1,5 +1,5 @@
-"""Multiple-choice questions, read from tables like CMMLU's and C-Eval's or made from documents with
-titles, and their prompts.
+"""Multiple-choice questions, read from tables like CMMLU's and C-Eval's or made from documents, and
+their prompts.
 """
 import json
 import random
@@ -41,12 +41,12 @@ def answer_prompt(q):
     return f"{q.text}\n答案：", q.options
 
 
-def title_prompt(q):
-    """Return (prompt, answers): the title of a document, and first sentences."""
-    return f"{q.text}\n\n", q.options
+def sentence_prompt(q):
+    """Return (prompt, answers): the beginning of a document, and sentences that may follow."""
+    return q.text, q.options
 
 
-PROMPTS = dict(letters=letter_prompt, answers=answer_prompt, sentences=title_prompt)
+PROMPTS = dict(letters=letter_prompt, answers=answer_prompt, sentences=sentence_prompt)
 
 
 # ---- reading ----
@@ -140,24 +140,26 @@ def question_of(record, where):
     return Question(texts[0].strip(), texts[1:], answer)
 
 
-def title_questions(texts, seed):
-    """Return (Questions, Counter of why texts were skipped): which sentence follows a title?
+def sentence_questions(texts, seed):
+    """Return (Questions, Counter of why texts were skipped): which sentence follows the title, or
+    where there is none the first sentence, of a text?
 
-    texts: each a title, a blank line and sentences. The options are the text's first sentence and
-    those of three other texts, chosen by seed.
+    texts: a title is a line above a blank one. The options are the sentence that follows and those
+    of three other texts, chosen by seed.
     """
-    title_and_sentence = re.compile(r"([^\n]*\S[^\n]*)\n\n\s*([^。！？\n]+[。！？])")
-    matches = [title_and_sentence.match(text) for text in texts]
+    end = "[。！？][”’」』）]*"
+    two = re.compile(rf"([^。！？\n]+(?:{end}|\n\n)\s*)([^。！？\n]+{end})")
+    matches = [two.match(text) for text in texts]
     entries = [match.groups() for match in matches if match]
-    skipped = Counter(["no title followed by a sentence"] * matches.count(None))
+    skipped = Counter(["no two sentences"] * matches.count(None))
     if len(entries) < 4:
-        raise UserError(f"{len(entries)} documents have a title followed by a sentence; a question "
-                        "needs 4")
+        raise UserError(f"{len(entries)} documents have a title or a sentence that a sentence "
+                        "follows; a question needs 4")
     rng, questions = random.Random(seed), []
-    for i, (title, sentence) in enumerate(entries):
+    for i, (beginning, sentence) in enumerate(entries):
         others = rng.sample(range(len(entries) - 1), 3)
         options = [entries[n + (n >= i)][1] for n in others]  # from all entries except i
         answer = rng.randrange(4)
         options.insert(answer, sentence)
-        questions.append(Question(title, options, answer))
+        questions.append(Question(beginning, options, answer))
     return questions, skipped

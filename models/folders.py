@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from models.hf import SAMPLING, model_of_checkpoint, saved_value
 from models.load import download_model, from_pretrained, shorten_context
 from tokens.bins import open_sets
 from tokens.tokenizer_files import load_tokenizer
+
+SHIPPED = Path(__file__).parents[1] / "data" / "xiaoyu"  # the model that comes with the code
 
 # The value of a setting that generation_config.json leaves out; the range of each setting.
 DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
@@ -81,15 +84,28 @@ def show(line):
 
 
 def find_model(name, kind, setting="model"):
-    """Return name (a folder, checkpoint or hub id) if given, else the newest base or chat model.
+    """Return name (a folder, checkpoint or hub id) if given, else the newest base or chat model, or
+    where there is none the one that comes with the code, which "xiaoyu" names.
 
-    UserError if there is none; it advises to name one with --setting.
+    UserError if there is none at all; it advises to name one with --setting.
     """
-    path = name or newest_model(kind)
-    if not path:
+    if name == "xiaoyu" and not exists(name):
+        return shown_path(SHIPPED / kind)
+    own = name or newest_model(kind)
+    if not own and (SHIPPED / kind / "config.json").is_file():
+        own = shown_path(SHIPPED / kind)
+        show(f"no {kind} run under out/ yet: taking {own}, which comes with the code")
+    if not own:
         script = "sft.py config/demo_sft.py" if kind == "chat" else "pretrain.py config/demo.py"
         raise UserError(f"no {kind} model under out/ yet ({Path('out').absolute()}). Run: python "
                         f"{script}, or name one: --{setting}=FOLDER_OR_HUB_ID")
+    return Path(own).as_posix()
+
+
+def shown_path(path):
+    """Return a path relative to the working folder, if it is on the same drive, with slashes."""
+    with suppress(ValueError):
+        path = os.path.relpath(path)
     return Path(path).as_posix()
 
 
@@ -146,6 +162,12 @@ def load_model(path, dropout=0.0, block_size=0, add_chat_tokens=False):
         raise UserError(f"{path}: its tokenizer has {tok.vocab_size} ids, its model {rows} rows")
     model.config.vocab_size = min(tok.vocab_size, model.config.padded_vocab_size)
     return model, tok
+
+
+def check_chat_tokens(model, tok):
+    """Raise a UserError if the model has no embedding of the control tokens of chats."""
+    if tok.vocab_size > model.config.padded_vocab_size:
+        raise UserError("this base model has no chat tokens; sft.py makes a chat model of it")
 
 
 def is_checkpoint(path):

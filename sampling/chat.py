@@ -10,7 +10,7 @@ from common.command_line import UserError
 from common.files import write_file
 from common.settings import check_range
 from gpt import KVCache
-from models.folders import RANGES
+from models.folders import RANGES, check_chat_tokens
 from sampling.text import generate_text, last_part, print_stream, printable
 
 HELP = """/new            start a new conversation
@@ -26,8 +26,7 @@ class Chat:
 
     def __init__(self, model, tok, cfg):
         self.model, self.tok, self.cfg = model, tok, cfg
-        if tok.vocab_size > model.config.padded_vocab_size:
-            raise UserError("this base model has no chat tokens; sft.py makes a chat model of it")
+        check_chat_tokens(model, tok)
         self.cache = KVCache(len(model.blocks), model.config.block_size)
         self.begin(cfg.system)
 

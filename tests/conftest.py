@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "data" / "raw" / "demo"  # the embedded corpus
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
@@ -153,8 +154,8 @@ def place(demo, tmp_path):
 def two_sets(demo, tmp_path_factory):
     """A folder with data/a and data/b too: different texts in the demo's tokenizer."""
     folder = with_sets(tmp_path_factory.mktemp("two_sets"), demo)
-    for name, part in (("a", "wiki_00"), ("b", "wiki_05")):
-        succeed(run(folder, "prepare.py", "wiki", ROOT / "data/raw/demo/wiki_zh/AA" / part,
+    for name, file in (("a", "texts_train.jsonl"), ("b", "texts_val.jsonl")):
+        succeed(run(folder, "prepare.py", "text", DEMO / file, "--max_docs=200",
                     "--tokenizer=data/demo", f"--name={name}", "--val_fraction=0.1"))
     return folder
 

@@ -6,11 +6,10 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, SHARED, one_line, run, succeed
+from conftest import DEMO, SHARED, one_line, run, succeed
 
 CASES = SHARED / "cases"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases here")
-DEMO = ROOT / "data" / "raw" / "demo"
 
 
 def forms(folder, names, written):
@@ -99,12 +98,12 @@ def test_a_model_in_a_pickle_alone_is_refused_with_the_way_out(tmp_path):  # 20
 
 def test_a_wordpiece_tokenizer_is_refused(place):  # 21
     tokenizers = pytest.importorskip("tokenizers")
-    chars = sorted(set((DEMO / "chat.jsonl").read_text("utf-8")) - set(" \n"))
+    chars = sorted(set((DEMO / "dialogues_val.jsonl").read_text("utf-8")) - set(" \n"))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *chars, *("##" + c for c in chars)]
     bert = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
     (place / "bert").mkdir()
     bert.save(str(place / "bert" / "tokenizer.json"))
-    for source, path in (("wiki", "wiki_zh"), ("chat", "chat.jsonl")):
+    for source, path in (("text", "texts_val.jsonl"), ("chat", "dialogues_val.jsonl")):
         one_line(run(place, "prepare.py", source, DEMO / path, "--tokenizer=bert", "--name=x"),
                  "tokenizer bert is not lossless")
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ENV, ROOT, one_line, run, run_process, start, succeed
+from conftest import DEMO, ENV, one_line, run, run_process, start, succeed
 
 import sample
 from common.command_line import UserError
@@ -202,7 +202,7 @@ def test_a_base_without_chat_tokens_grows_them_and_keeps_its_logits(base, place)
     spec = json.loads((base / "data/demo/tokenizer.json").read_text(encoding="utf-8"))
     spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<|im")]
     (place / "theirs/tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    chats = ROOT / "data/raw/demo/chat.jsonl"
+    chats = DEMO / "dialogues_val.jsonl"
     succeed(run(place, "prepare.py", "chat", chats, "--tokenizer=theirs", "--max_docs=200"))
     succeed(run(place, "sft.py", "--init_from=theirs", "--dataset=chat", "--max_iters=2",
                 "--batch_size=2", "--gradient_accumulation_steps=1", "--out_dir=out/grown",

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, one_line, run, run_process, succeed
+from conftest import DEMO, SHARED, one_line, run, run_process, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,6 @@ from tokens.tokenizer_files import load_tokenizer, train_bytebpe
 
 QWEN = SHARED / "tokenizers"
 needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="no ../shared/tokenizers here")
-RAW = ROOT / "data" / "raw" / "demo"
 HOSTILE = [
     "", " ", "\n", "a", "数学是什么？", "你好，world! 123456 ３４５", "👩‍👩‍👧‍👦🏳️‍🌈 emoji 😀",
     "𠮷野家 龘靐齉 㐀 𪚥", "é cafe\u0301 A\u030a n\u0303",
@@ -40,12 +39,15 @@ HOSTILE = [
     "\x00\x1f\x7f", "ΐ ΰ Å"]
 
 
+def demo_rows(*names):
+    for name in names:
+        for line in (DEMO / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
 def demo_texts():
-    for file in sorted(RAW.rglob("wiki_0*")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)["text"]
-    for line in (RAW / "chat.jsonl").read_text(encoding="utf-8").splitlines():
-        yield from (m["content"] for m in json.loads(line)["messages"])
+    for row in demo_rows("texts_val", "texts_train", "dialogues_val", "dialogues_train"):
+        yield from [row["text"]] if "text" in row else (m["content"] for m in row["messages"])
 
 
 def auto_tokenizer(tok, folder):
@@ -188,7 +190,7 @@ def test_a_tokenizer_that_changes_text_is_refused_for_a_set(kind, small, tmp_pat
         "type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": kind}]})
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(spec), encoding="utf-8")
-    one_line(run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={file}"), "is not lossless")
+    one_line(run(tmp_path, "prepare.py", "text", DEMO, f"--tokenizer={file}"), "is not lossless")
     assert load_tokenizer(file).encode("数学")  # a model that has it can be tried
     file.write_text(json.dumps(changed(small, normalizer={"type": "NFC"})), encoding="utf-8")
     assert load_tokenizer(file, lossless=True).encode("数学") == small.encode("数学")
@@ -201,7 +203,7 @@ def test_a_wordpiece_tokenizer_is_refused_for_a_set(tmp_path):
         {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])},
         lowercase=False)
     tok.save(str(tmp_path / "tokenizer.json"))
-    one_line(run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={tmp_path}", "--name=x"),
+    one_line(run(tmp_path, "prepare.py", "text", DEMO, f"--tokenizer={tmp_path}", "--name=x"),
              f"tokenizer {tmp_path} is not lossless", "Use a byte-level one")
     assert not (tmp_path / "data").exists()
 
@@ -212,7 +214,7 @@ def test_a_panic_of_tokenizers_is_one_line(tmp_path, capfd):
     spec = dict(version="1.0", model=model, added_tokens=[], normalizer=None, pre_tokenizer=None,
                 post_processor=None, decoder=None)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    done = run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={tmp_path}")
+    done = run(tmp_path, "prepare.py", "text", DEMO, f"--tokenizer={tmp_path}")
     one_line(done, "tokenizer.json: not a tokenizer file (PanicException: ")
     assert "panicked" not in capfd.readouterr().err
 
@@ -220,7 +222,7 @@ def test_a_panic_of_tokenizers_is_one_line(tmp_path, capfd):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_a_named_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x.json")
-    one_line(run(tmp_path, "prepare.py", "text", RAW, f"--tokenizer={tmp_path}/x.json"),
+    one_line(run(tmp_path, "prepare.py", "text", DEMO, f"--tokenizer={tmp_path}/x.json"),
              "x.json is neither a file nor a folder")
     refused = run(tmp_path, "prepare.py", "text", tmp_path / "x.json")
     one_line(refused, "x.json is a pipe or a device")
@@ -280,8 +282,8 @@ def test_training_a_tokenizer_repeats_exactly(small):
 def test_a_dialogue_equals_the_chat_template_of_transformers(small, tmp_path):
     theirs = auto_tokenizer(small, tmp_path)
     theirs.split_special_tokens = False
-    for line in (RAW / "chat.jsonl").read_text(encoding="utf-8").splitlines():
-        messages = json.loads(line)["messages"]
+    for row in demo_rows("dialogues_val", "dialogues_train"):
+        messages = row["messages"]
         want = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert small.encode_chat(messages) == want
     want = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True,
@@ -301,6 +303,7 @@ def test_only_answers_and_their_ends_are_trained(small):
     assert [small.decode(p) for p in pieces] == [
         f"甲{IM_END}", IM_END, f"丙{IM_END}丁{IM_END}", ""]
     assert (ids == small.im_start).sum() == len(messages)
+    assert small.decode_chat(ids) == [m | dict(content=m["content"].strip()) for m in messages]
 
 
 def test_a_damaged_tokenizer_file_is_one_line(tmp_path):
@@ -340,10 +343,10 @@ def checked_counts(bins):
     return bins.meta["sources"]
 
 
-def test_the_demo_sets_hold_every_entry_and_dialogue(demo):
+def test_the_demo_sets_hold_every_text_and_dialogue(demo):
     text, chat = Bins("demo", demo / "data"), Bins("demo_chat", demo / "data")
-    assert text.meta["sources"]["wiki"]["read"] == 764
-    assert chat.meta["sources"]["chat"]["read"] == 819
+    assert text.meta["sources"]["text"]["written"] == 405 * 12
+    assert chat.meta["sources"]["chat"]["written"] == 405 * 8 + 480
     assert text.tokenizer.fingerprint == chat.tokenizer.fingerprint
     for bins in (text, chat):
         docs = documents(bins, "train") + documents(bins, "val")
@@ -351,15 +354,42 @@ def test_the_demo_sets_hold_every_entry_and_dialogue(demo):
         assert all(doc[-1] == bins.tokenizer.eot for doc in docs)
         counted = sum(s["tokens"] for s in bins.meta["splits"].values())
         assert sum(len(doc) for doc in docs) == counted
-    assert text.meta["sources"]["wiki"]["dropped"] == chat.meta["sources"]["chat"]["dropped"] == {}
+        assert all(counts["dropped"] == {} for counts in bins.meta["sources"].values())
+    assert text.meta["sources"]["chat"]["read"] == 405 * 8 + 480 - 198
 
 
-def test_what_is_held_out_of_one_demo_set_is_not_trained_in_the_other(demo):
+def test_the_demo_holds_out_a_text_and_a_dialogue_of_every_second_concept(demo):
+    concepts = list(dict.fromkeys(row["concept"] for row in demo_rows("texts_train")))
+    held_out = [[row["concept"] for row in demo_rows(name)] for name in (
+        "texts_val", "dialogues_val")]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 198
+    assert not set(held_out[0]) - set(concepts[::2])
+    for name, of_set in (("texts", "demo"), ("dialogues", "demo_chat")):
+        bins = Bins(of_set, demo / "data")
+        val = {bins.tokenizer.decode(doc) for doc in documents(bins, "val")}
+        for row in demo_rows(f"{name}_val"):
+            ids = bins.tokenizer.encode(row["text"]) if name == "texts" else (
+                bins.tokenizer.encode_chat(row["messages"]))
+            assert bins.tokenizer.decode([*ids, bins.tokenizer.eot]) in val
+        assert len(val) == 198
+
+
+def test_what_the_demo_holds_out_is_trained_in_no_set_and_has_keys(demo):
     text, chat = Bins("demo", demo / "data"), Bins("demo_chat", demo / "data")
-    seen = text.tokenizer.decode(text.tokens("train"))
-    for doc in documents(chat, "val"):
-        answers = chat.tokenizer.decode(doc[chat.tokenizer.loss_mask(doc)]).split(IM_END)
-        assert answers[0] not in seen
+    seen = "".join(b.tokenizer.decode(b.tokens("train")) for b in (text, chat))
+    for row in demo_rows("texts_val"):
+        assert row["text"] not in seen
+    for row in demo_rows("dialogues_val"):
+        question, answer = (m["content"] for m in row["messages"])
+        assert f"{question}{IM_END}" not in seen and f"{question}\n" not in seen
+        assert any(key in answer for key in row["keys"])
+        assert not any(key in question for key in row["keys"]), question
+
+
+def test_own_tokenizers_spell_each_role_in_one_id(demo, small):
+    for tok in (small, shared_tokenizer(), Bins("demo", demo / "data").tokenizer):
+        for role in ("system", "user", "assistant", "tool"):
+            assert len(tok.encode(role)) == 1 and len(tok.role_header(role)) == 3
 
 
 def test_bins_do_not_depend_on_workers_or_order(tmp_path):
@@ -441,7 +471,7 @@ def test_a_few_dialogues_are_split_whole(tmp_path):
 @pytest.mark.parametrize("words, what", [
     ((), "name a source"), (("nonsense",), "nonsense"), (("text",), "data/raw/text"),
     (("text", "missing"), "missing: no such file"), (("text", "."), "no file of a known type"),
-    *[(("text", RAW, f"--tokenizer={name}"), what) for name, what in (
+    *[(("text", DEMO, f"--tokenizer={name}"), what) for name, what in (
         ("no/such/file.json", "no such file"), ("data", "no such file"),
         ("Some/Model", "HF_ENDPOINT"))],
     (("demo", "x"), "takes no path"), (("demo", "--vocab_sise=3"), "Did you mean vocab_size?"),
@@ -596,7 +626,7 @@ def test_a_folder_with_other_files_is_refused_before_any_work(tmp_path):
                        ("notes.txt", "holds other files (notes.txt)")):
         (folder / file).write_text("{}", encoding="utf-8")
         one_line(run(tmp_path, "prepare.py", "demo", "--name=x"), what)
-        one_line(run(tmp_path, "prepare.py", "text", RAW, "--name=x"), what)
+        one_line(run(tmp_path, "prepare.py", "text", DEMO, "--name=x"), what)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["data", "notes.txt", "tokenizer.json",
                                                            "x"]
 

@@ -4,15 +4,17 @@ import math
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, one_line, run, run_process
+from conftest import DEMO, ENV, one_line, run, run_process
 from test_scripts import train
 
 import eval as evaluation
 from common.command_line import UserError
+from evaluation import answers as chat_answers
 from evaluation.likelihood import (
     bits_per_byte,
     choose,
@@ -26,10 +28,11 @@ from evaluation.questions import (
     answer_prompt,
     letter_prompt,
     read_questions,
-    title_prompt,
-    title_questions,
+    sentence_prompt,
+    sentence_questions,
 )
 from gpt import GPT, GPTConfig
+from models import folders
 from models.folders import load_model
 from tokens.bins import Bins
 from tokens.tokenizer_files import train_bytebpe
@@ -118,7 +121,7 @@ def test_a_set_is_encoded_anew_for_a_model_with_another_tokenizer(place, monkeyp
                     for name in ("demo", "val.jsonl"))
     split = Bins("demo").meta["splits"]["val"]
     assert one == two and one["bytes"] == split["bytes"] and one["tokens"] > split["tokens"]
-    assert dropped.total() == 1 and "val.jsonl:43" in next(iter(dropped))
+    assert dropped.total() == 1 and "val.jsonl:199" in next(iter(dropped))
     assert one["bpb"] == pytest.approx(one["nats"] / math.log(2) * one["tokens"] / one["bytes"])
 
 
@@ -140,8 +143,8 @@ def test_a_file_is_cleaned_as_prepare_cleans_it(tiny, tmp_path):
 def test_batched_likelihoods_equal_those_of_single_rows(tiny):
     model, tok = tiny
     questions = [Question("水是什么？" * n, ["一种液体。", "山", "春天的风很大。", "山"], 0) for n in (1, 3)]
-    rows = [row for q in questions for make_prompt in (letter_prompt, answer_prompt, title_prompt)
-            for row in encode_rows(tok, *make_prompt(q), [tok.eot], model.config.block_size)[0]]
+    rows = [row for q in questions for make in (letter_prompt, answer_prompt, sentence_prompt)
+            for row in encode_rows(tok, *make(q), [tok.eot], model.config.block_size)[0]]
     naive = []
     for ids, given in rows:
         logp = model(torch.tensor([ids[:-1]]))[0].float().log_softmax(-1)
@@ -181,7 +184,7 @@ class Knowing(torch.nn.Module):
         return 2**16
 
 
-@pytest.mark.parametrize("make_prompt", [letter_prompt, answer_prompt, title_prompt])
+@pytest.mark.parametrize("make_prompt", [letter_prompt, answer_prompt, sentence_prompt])
 def test_a_model_that_knows_the_answers_chooses_them(make_prompt, tiny):
     tok = tiny[1]
     options = ["春天的风", "水", "红色的山，很高", "一条河"]
@@ -231,17 +234,19 @@ def test_choice_prints_every_subject_and_both_means(output, tmp_path):
     assert "nan" not in printed and re.search(r"% ± +- .*law_val", printed)  # one question
 
 
-def test_titles_make_questions_whose_options_all_differ(base, output):
+def test_texts_make_questions_whose_options_all_differ(base, output):
     texts = list(evaluation.read_texts(Bins("demo", base / "data"), "val"))
-    questions, skipped = title_questions([*texts, "没有标题的文字。"], seed=1)
-    assert len(questions) == 42 and skipped.total() == 1
+    texts[:2] = ["题目\n\n正文的一句。还有一句。", "她说：“好。”\n他也说好！"]
+    questions, skipped = sentence_questions([*texts, "只有一句话的文字。"], seed=1)
+    assert len(questions) == 198 and skipped.total() == 1
     for q, text in zip(questions, texts):
-        assert len(set(q.options)) == 4
-        assert text.startswith(f"{q.text}\n\n{q.options[q.answer]}")
-    assert questions == title_questions(texts, seed=1)[0] != title_questions(texts, seed=2)[0]
+        assert len(set(q.options)) == 4 and text.startswith(q.text + q.options[q.answer])
+    assert [q.text for q in questions[:2]] == ["题目\n\n", "她说：“好。”\n"]
+    assert questions[0].options[questions[0].answer] == "正文的一句。"
+    assert questions == sentence_questions(texts, seed=1)[0] != sentence_questions(texts, seed=2)[0]
     assert {q.answer for q in questions} == {0, 1, 2, 3}
     printed = output("cloze", "--model=out/tiny/best")
-    assert re.search(r"42 +42 +25.00%.*data.demo", printed), printed
+    assert re.search(r"198 +198 +25.00%.*data.demo", printed), printed
 
 
 # ---- memorisation ----
@@ -261,8 +266,7 @@ def test_overlap_is_the_longest_common_passage():
 
 
 def test_overlap_finds_exactly_a_planted_passage(output, monkeypatch):
-    train_text = list(evaluation.read_texts(Bins("demo"), "train"))[100]
-    planted = train_text[5:45]
+    planted = max(evaluation.read_texts(Bins("demo"), "train"), key=len)[5:45]
     monkeypatch.setattr(evaluation, "continue_texts",
                         lambda *words: [("", "壹"), ("", f"㐀{planted}㐀")])
     printed = output("overlap", "demo", "--model=out/tiny/best")
@@ -275,10 +279,167 @@ def test_samples_are_those_of_their_seeds(output):
     assert one == two != other and "3 samples" in one
 
 
+# ---- facts ----
+
+def asked(question):
+    return [dict(role="user", content=question)]
+
+
+def test_an_answer_is_right_if_it_contains_a_key_of_its_own_question():
+    keys = [["东海"], ["黄河", "大河"], ["江"]]
+    right, chance = chat_answers.contains_key(["流进东海。", "大河。", "东海和大河，长江。"], keys)
+    assert right == [1, 1, 1] and chance == [0, 0, 1]
+    right, chance = chat_answers.contains_key(["江", "江", "不知道"], keys)
+    assert right == [0, 0, 0] and chance == [0.5, 0.5, 0]
+    mean, error = chat_answers.mean_and_error([1, 0, 0, 0, 1])
+    assert mean == 0.4 and error == pytest.approx(standard_error(0.4, 5))
+
+
+def test_answers_in_batches_are_those_of_single_questions(tiny, monkeypatch):
+    torch.manual_seed(0)
+    tok = tiny[1]
+    model = GPT(GPTConfig(vocab_size=tok.vocab_size, block_size=64, n_layer=2, n_head=2,
+                          n_embd=16)).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # else the blocks are the identity, and the answers equal
+            p.normal_(std=0.5)
+    questions = [asked(f"{'很' * (n % 4)}{n}是什么？") for n in range(40)]
+
+    def single(question):
+        ids = torch.tensor([tok.encode_chat(question) + tok.role_header("assistant")])
+        return [int(i) for i in model.generate(ids, 64, temperature=0)]
+    alone = [single(question) for question in questions[:8]]
+    monkeypatch.setattr(tok, "eot", alone[0][20])  # so that some answers end early
+    for new, answer in zip(alone, chat_answers.greedy_answers(model, tok, 8, questions)):
+        assert len(new) == 64
+        n = min((new.index(end) for end in (tok.eot, tok.im_end) if end in new), default=64)
+        assert answer == tok.decode(new[:n])
+    assert len({tuple(new) for new in alone}) == 8
+
+
+def test_questions_are_asked_alone_after_a_greeting_and_after_two_others():
+    def answer(dialogues):
+        chats.extend(dialogues)
+        return [f"答{d[-1]['content']}" for d in dialogues]
+
+    chats, questions = [], [asked(f"问{n}") for n in range(9)]
+    names = [name for name, _ in chat_answers.ask_in_chats(answer, questions, seed=3)]
+    assert names == ["alone", "after 你好", "after two other turns"]
+    alone, greeting, greeted, after_two = chats[:9], chats[9], chats[10:19], chats[19:]
+    assert alone == questions and greeting == asked("你好")
+    welcome = dict(role="assistant", content="答你好")
+    assert greeted == [[*greeting, welcome, *question] for question in questions]
+    before = []
+    for question, chat in zip(questions, after_two):
+        assert chat[-1:] == question
+        assert [m["role"] for m in chat] == ["user", "assistant"] * 2 + ["user"]
+        assert all(chat[i + 1]["content"] == f"答{chat[i]['content']}" for i in (0, 2))
+        assert len({m["content"] for m in chat[::2]}) == 3
+        before += [m["content"] for m in chat[:-1:2]]
+    assert sorted(before) == sorted(f"问{n}" for n in range(9) for _ in range(2))
+    del chats[:]
+    list(chat_answers.ask_in_chats(answer, questions, seed=4))
+    assert chats[:19] == [*alone, greeting, *greeted] and chats[19:] != after_two
+
+
+def test_facts_prints_what_is_right_and_chance_in_three_chats(output, tmp_path, monkeypatch):
+    file = tmp_path / "f.jsonl"
+    file.write_text("".join(json.dumps(dict(messages=[*asked(f"问{n}"), dict(
+        role="assistant", content=f"是{n}。")], keys=[str(n)])) + "\n" for n in range(4)),
+        encoding="utf-8")
+    monkeypatch.setattr(evaluation, "greedy_answers", lambda model, tok, size, dialogues: [
+        f"第{d[-1]['content'][1]}" if len(d) == 1 else "3" for d in dialogues])
+    rows = [line.split() for line in output(
+        "facts", file, "--model=out/tiny/best").splitlines()[2:]]
+    assert [row[:7] for row in rows] == [
+        ["4", "100.00%", "±", "0.00%", "0.00%", "±", "0.00%"],
+        *[["4", "25.00%", "±", "25.00%", "25.00%", "±", "8.33%"]] * 2]
+
+
+def test_the_f1_of_characters_is_that_of_the_nearest_reference():
+    f1 = chat_answers.character_f1
+    assert f1("长江，流进东海。", ["长江流进东海"]) == 1 and f1("", ["甲"]) == 0 == f1("。", ["！"])
+    assert f1("甲甲乙", ["甲丙"]) == pytest.approx(2 * 1 / 5)
+    assert f1("甲乙", ["丙", "甲丁", "乙甲"]) == 1
+
+
+def test_the_questions_of_a_set_come_with_all_its_answers(base):
+    bins = Bins("demo_chat", base / "data")
+    known = chat_answers.known_questions(bins, "train", 10_000, seed=0)
+    rows = [json.loads(line)["messages"] for line in open(
+        DEMO / "dialogues_train.jsonl", encoding="utf-8")]
+    answers = {}
+    for question, answer, *_ in rows:
+        if len(bins.tokenizer.encode(answer["content"])) > 64:
+            continue
+        answers.setdefault(question["content"], set()).add(answer["content"])
+    assert {asked[0]["content"]: set(texts) for asked, texts in known} == answers
+    some = chat_answers.known_questions(bins, "train", 60, seed=0)
+    assert len(some) == 60 == len({str(asked) for asked, _ in some})
+    assert some == chat_answers.known_questions(bins, "train", 60, seed=0)
+    assert some != chat_answers.known_questions(bins, "train", 60, seed=1)
+
+
+def test_answers_are_compared_with_those_of_both_splits(output, monkeypatch):
+    """A stand-in knows the answers to the training questions, and one polite word confuses it."""
+    known = dict((asked[-1]["content"], texts[0]) for asked, texts in
+                 chat_answers.known_questions(Bins("demo_chat"), "train", 10_000, 0))
+    monkeypatch.setattr(evaluation, "greedy_answers", lambda model, tok, size, dialogues: [
+        known.get(d[-1]["content"], "") for d in dialogues])
+    rows = [line.split(maxsplit=3) for line in output(
+        "answers", "demo_chat", "--model=out/tiny/best").splitlines()[2:]]
+    ways = "alone", "after 你好", "after two other turns", "请问 before it", "without its mark"
+    assert [row[3] for row in rows] == [
+        f"{split}, {way}" for split in ("train", "val") for way in ways]
+    assert [row[:3] for row in rows[:3]] == [["60", "60", "1.000"]] * 3
+    assert [row[:2] for row in rows[5:8]] == [["60", "0"]] * 3
+    assert 0 < int(rows[3][1]) < 60 and int(rows[4][1]) < 60  # some begin with 请, some have no mark
+
+
+def test_the_embedded_facts_are_asked_by_default():
+    dialogues, keys = zip(*chat_answers.read_facts([evaluation.FACTS]))
+    assert len(dialogues) == 198 and all(len(d) == 1 for d in dialogues)
+    assert ["东海"] in keys
+
+
+@pytest.mark.parametrize("row, part", [
+    ("[1]", 'f.jsonl:4: a record needs "messages"'), ("{", "f.jsonl:4: "),
+    ('{"messages": [], "keys": ["甲"]}', 'a record needs "messages"'),
+    ('{"messages": [{"role": "user", "content": "甲"}], "keys": ["甲"]}', "ends with a question"),
+    ('{"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "乙"}], '
+     '"keys": "乙"}', "a list of texts"),
+    ('{"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "乙"}], '
+     '"keys": ["甲"]}', "one of which the answer contains")])
+def test_a_bad_table_of_facts_is_one_line(row, part, tmp_path):
+    file = tmp_path / "f.jsonl"
+    good = json.dumps(dict(messages=[*asked("问"), dict(role="assistant", content="答")],
+                           keys=["答"]))
+    file.write_text(f"{good}\n" * 3 + row, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        chat_answers.read_facts([file])
+    assert part in str(error.value)
+    file.write_text(good, encoding="utf-8")
+    with pytest.raises(UserError, match="f.jsonl: 1 questions; at least 3"):
+        chat_answers.read_facts([file])
+
+
+def test_a_chat_that_is_longer_than_the_context_loses_its_oldest_turns(tiny):
+    tok, model = tiny[1], SimpleNamespace(config=SimpleNamespace(block_size=100))
+    system = [dict(role="system", content="甲")]
+    turns = [m for n in range(9) for m in (dict(role="user", content=f"{n}问"),
+                                           dict(role="assistant", content="答"))]
+    ids = chat_answers.prompt(model, tok, [*system, *turns, *asked("末")])
+    kept = tok.decode_chat(ids)
+    assert len(ids) <= 36 and kept[0] == system[0] and kept[-1] == asked("末")[0]
+    assert kept[1:-1] == turns[-len(kept[1:-1]):] and kept[1]["role"] == "user"
+    long = asked("很" * 200)
+    assert tok.decode_chat(chat_answers.prompt(model, tok, long)) == long
+
+
 # ---- refusals ----
 
 @pytest.mark.parametrize("words, part", [
-    ((), "name a task: bpb, choice, cloze, overlap"),
+    ((), "name a task: bpb, choice, cloze, overlap, facts, answers"),
     (("choice",), "name files or folders with questions"),
     (("bpb", "nowhere.txt"), "nowhere.txt is neither a prepared set under data/ nor a file"),
     (("bpb", "demo", "val"), "name one prepared set or text file, not: demo val"),
@@ -293,7 +454,8 @@ def test_bad_arguments_are_refused(words, part, output):
     assert part in str(error.value).replace("\\", "/"), error.value
 
 
-def test_without_a_model_the_error_names_the_command(place):
+def test_without_a_model_the_error_names_the_command(place, monkeypatch):
+    monkeypatch.setattr(folders, "SHIPPED", place)
     one_line(run(place, "eval.py", "bpb", "demo"), "eval.py: no base model under out/ yet",
              "pretrain.py")
 
@@ -317,10 +479,12 @@ def test_a_bad_table_is_one_line(name, text, parts, tmp_path, monkeypatch):
 
 
 def test_a_set_without_texts_or_questions_is_refused(output, tmp_path):
+    with pytest.raises(UserError, match="holds texts"):
+        output("answers", "demo")
     with pytest.raises(UserError, match="holds dialogues"):
         next(evaluation.texts_to_score("demo_chat", Counter()))
-    with pytest.raises(UserError, match="0 documents have a title"):
-        title_questions(["无"], 1)
+    with pytest.raises(UserError, match="0 documents have a title or a"):
+        sentence_questions(["无"], 1)
     file = tmp_path / "x.jsonl"
     file.write_text('{"question": "问", "choices": ["甲", "乙"], "answer": 9}\n', encoding="utf-8")
     with pytest.raises(UserError, match="no usable question: 1 x the answer is not one"):

@@ -25,8 +25,6 @@ from corpus import hub
 from tokens.bins import SPLITS, VERIFIED, Bins
 from tokens.splits import named_splits
 
-DEMO = ROOT / "data" / "raw" / "demo"
-
 
 def write_texts(file, name, numbers):
     """Write a .jsonl file of texts, or of dialogues if name is "chat"; return the file's name."""
@@ -221,7 +219,7 @@ def test_a_word_that_is_a_path_is_read_as_one(here):
 def test_an_unpacked_wiki_is_found(folder, here, tokenizer, capsys):
     (here / folder).mkdir(parents=True)
     (here / "XX").mkdir()
-    shutil.copy(DEMO / "wiki_zh/AA/wiki_00", here / folder / "wiki_00")
+    write_texts(here / folder / "wiki_00", "wiki", range(100))
     prepare.main(["wiki", tokenizer])
     assert "data/raw/wiki is empty; reading " in capsys.readouterr().out.replace(os.sep, "/")
     assert checked_counts(Bins("wiki"))["wiki"]["read"] == 100

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, one_line, run, run_process, succeed
+from conftest import DEMO, ROOT, one_line, run, run_process, succeed
 from test_scripts import TINY, back_to_the_checkpoint_before, chat_settings, curve, settings, train
 
 import pretrain
@@ -190,14 +190,14 @@ def test_the_checkpoints_of_keep_steps_are_never_removed(place):
 
 
 def test_a_run_is_not_resumed_on_changed_data(place):
-    def prepare(part):
-        succeed(run(place, "prepare.py", "wiki", ROOT / "data/raw/demo/wiki_zh/AA" / part,
+    def prepare(file):
+        succeed(run(place, "prepare.py", "text", DEMO / file, "--max_docs=200",
                     "--tokenizer=data/demo", "--name=own", "--val_fraction=0.1"))
     words = ("--dataset=own", "--out_dir=out/x")
-    prepare("wiki_00")
+    prepare("texts_train.jsonl")
     train(place, *words, "--max_iters=4")
     before = (place / "out/x/ckpt_step_4.pt").read_bytes()
-    prepare("wiki_05")
+    prepare("texts_val.jsonl")
     refused = run(place, "pretrain.py", *TINY, *words, "--max_iters=6")
     one_line(refused, "dataset=own as it was then, not own", "--overwrite")
     assert (place / "out/x/ckpt_step_4.pt").read_bytes() == before
@@ -228,7 +228,7 @@ def test_a_backup_beside_a_model_or_a_set_is_left_alone(place):
         (place / folder / "mine.txt").write_text("mine", encoding="utf-8")
     train(place, "--out_dir=out/x", "--max_iters=10")
     for _ in range(2):
-        succeed(run(place, "prepare.py", "wiki", ROOT / "data/raw/demo/wiki_zh/AA/wiki_00",
+        succeed(run(place, "prepare.py", "text", DEMO / "texts_val.jsonl",
                     "--tokenizer=data/demo", "--name=own"))
         (place / "data/own/.DS_Store").write_bytes(b"")  # a file manager has looked at it
     assert (place / "out/x/best.old/mine.txt").exists()

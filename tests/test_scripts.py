@@ -12,7 +12,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, one_line, read_until, run, run_process, start, succeed, with_sets
+from conftest import (
+    DEMO, ENV, ROOT, one_line, read_until, run, run_process, start, succeed, with_sets)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,11 +24,13 @@ from common.command_line import UserError
 from common.device import choose_dtype
 from common.settings import configure
 from gpt import GPT, GPTConfig
+from models import folders
 from models.load import from_pretrained
 from sampling.text import decode_stream
 from tokens.batches import CYCLE, MixtureSampler, TextData
 from tokens.bins import Bins, open_sets
 from tokens.chat_batches import pack, truncate_dialogue
+from tokens.tokenizer import IM_END, IM_START
 from training.checkpoint import checkpoint_files
 
 torch.set_num_threads(1)
@@ -226,9 +229,21 @@ def test_a_mixture_is_evaluated_on_every_set_in_its_share(two_sets):
     assert min(one) <= data.scores(2.0)["bpb"] <= max(one)
 
 
+def test_dialogues_in_a_mixture_are_trained_with_their_headers_and_not_evaluated(two_sets):
+    bins = open_sets("demo_chat:1,a:3", two_sets / "data")
+    data = TextData(bins, settings("--eval_tokens=400"))
+    rows = torch.cat([data.batch(step, 0)[0] for step in range(10)])
+    assert 0 < (rows == data.tokenizer.im_start).any(1).float().mean() < 0.5
+    targets = torch.cat([y.flatten() for _, y, _ in data.val_batches()])
+    (_, _), (texts, _) = bins.parts
+    assert targets[targets >= 0].tolist() == texts.tokens("val")[:400].tolist()
+    assert data.scores(2.0) == TextData(texts, settings("--eval_tokens=400")).scores(2.0)
+    assert data.prompts() == TextData(texts, settings()).prompts()
+
+
 @pytest.mark.parametrize("text, what", [
     ("a:0.7,b", "'b' is not one set"), ("a:x", "'a:x'"), ("a:0", "'a:0'"), ("a:1,a:1", "'a:1'"),
-    ("a:1,,b:1", "''"), ("a:1,none:1", "none is not prepared"), ("a:1,demo_chat:1", "chat set"),
+    ("a:1,,b:1", "''"), ("a:1,none:1", "none is not prepared"), ("demo_chat", "holds dialogues"),
     ("a:1,b:0.0001", "under 1/1,000")])
 def test_a_mixture_that_cannot_be_is_one_line(text, what, two_sets):
     with pytest.raises(UserError, match=what):
@@ -333,13 +348,14 @@ def test_packing_puts_every_item_once_into_the_fullest_row_with_room(lengths, si
     assert sorted(sums) == sorted(sum(lengths[i] for i in row) for row in rows)
 
 
-def test_packed_rows_train_exactly_the_answers(demo):
+@pytest.mark.parametrize("epoch", [None, 0, 5])
+def test_packed_rows_train_exactly_the_answers(epoch, demo):
     bins = Bins("demo_chat", demo / "data")
     cfg, tok = chat_settings(), bins.tokenizer
     data = sft.ChatData(bins, cfg)
     trained = []
     for n in range(len(data.rows["train"])):
-        x, y, doc_ids = data.packed_row("train", n)
+        x, y, doc_ids = data.packed_row("train", n, epoch)
         assert len(x) == data.row_lengths["train"][n] <= 128 and (np.diff(doc_ids) >= 0).all()
         for k in range(doc_ids.max() + 1):
             a, b = np.flatnonzero(doc_ids == k)[[0, -1]]
@@ -349,6 +365,74 @@ def test_packed_rows_train_exactly_the_answers(demo):
         trained.append(y[y >= 0])
     want = [ids[tok.loss_mask(ids)] for ids in data.dialogues["train"]]
     assert sorted(np.concatenate(trained)) == sorted(np.concatenate(want))
+
+
+CUT = "长" * 300  # no message of this length fits
+
+
+@pytest.fixture(scope="module")
+def chats(demo, tmp_path_factory):
+    """A folder with data/chat: dialogues under two system messages and under none, some cut."""
+    folder = with_sets(tmp_path_factory.mktemp("chats"), demo)
+    with open(folder / "c.jsonl", "w", encoding="utf-8") as f:
+        for n in range(120):
+            system = [dict(role="system", content=f"系统{n % 3}")] * (n % 3 > 0)
+            asked = [dict(role="user", content=f"问{n}"), dict(role="assistant", content=f"答{n}")]
+            more = [dict(role="user", content=CUT), dict(role="assistant", content="无")]
+            f.write(json.dumps(dict(messages=system + asked + more * (n % 10 == 0))) + "\n")
+    succeed(run(folder, "prepare.py", "chat", "c.jsonl", "--tokenizer=data/demo", "--name=chat"))
+    return folder
+
+
+def conversations(data, epoch):
+    """Return the (role, content) pairs of each document of each training row of an epoch."""
+    tok, rows = data.tokenizer, []
+    for n in range(len(data.rows["train"])):
+        x, y, doc_ids = data.packed_row("train", n, epoch)
+        assert tok.eot not in x and tok.eot not in y and len(x) <= data.row_lengths["train"][n]
+        docs = [x[doc_ids == k] for k in range(doc_ids[-1] + 1)]
+        assert sum(map(len, docs)) == len(x)
+        messages = [tok.decode(doc).split(IM_START) for doc in docs]
+        for first, *others in messages:
+            assert first == "" and all(text.endswith(f"{IM_END}\n") for text in others[:-1])
+        rows.append([[tuple(text.removesuffix("\n").removesuffix(IM_END).split("\n"))
+                      for text in others] for _, *others in messages])
+    return rows
+
+
+@pytest.mark.parametrize("multi_turn", [0, 1])
+def test_joined_rows_are_conversations_under_one_system_message(multi_turn, chats):
+    data = sft.ChatData(Bins("chat", chats / "data"), chat_settings(f"--multi_turn={multi_turn}"))
+    for epoch in (0, 1):
+        seen, longest = [], 0
+        for row in conversations(data, epoch):
+            for messages in row:
+                system = [content for role, content in messages if role == "system"]
+                assert messages[0][0] == "system" or not system
+                turns = messages[len(system):]
+                assert len(system) <= 1 and [role for role, _ in turns] == [
+                    "user", "assistant"] * (len(turns) // 2)
+                for (_, question), (_, answer) in zip(turns[::2], turns[1::2]):
+                    n = int(question[1:])
+                    assert answer == f"答{n}" and system == [f"系统{n % 3}"] * (n % 3 > 0)
+                    seen.append(n)
+                    # a dialogue that was cut is the last of its document
+                    assert n % 10 or question == turns[-2][1]
+                longest = max(longest, len(turns) // 2)
+        assert len(seen) == len(set(seen)) == len(data.dialogues["train"])
+        assert longest == 1 if multi_turn == 0 else longest > 3
+
+
+def test_which_rows_are_joined_depends_on_seed_and_epoch_alone(demo):
+    def rows(epoch, *words):
+        data = sft.ChatData(Bins("demo_chat", demo / "data"), chat_settings(*words))
+        return [[array.tolist() for array in data.packed_row("train", n, epoch)]
+                for n, items in enumerate(data.rows["train"][:100]) if len(items) > 1]
+    half = rows(3, "--multi_turn=0.3")
+    for other in (rows(4, "--multi_turn=0.3"), rows(3, "--multi_turn=0.3", "--seed=7")):
+        assert half != other and len(half) == len(other) > 90
+    assert half == rows(3, "--multi_turn=0.3")
+    assert 0.2 < sum(doc_ids[-1] == 0 for _, _, doc_ids in half) / len(half) < 0.4
 
 
 def test_an_epoch_of_dialogues_is_every_row_once_and_hardly_padded(demo):
@@ -401,12 +485,15 @@ def test_fine_tuning_goes_from_base_to_chat_and_resumes_exactly(base, place):
     answer = succeed(run(place, "sample.py", "--chat", "--max_new_tokens=5",
                          input="你好\n/new\n再见\n"))
     assert len(answer.stdout.splitlines()) >= 2 and "[out/b/best]" in answer.stderr
+    one_line(run(place, "sft.py", *words, "--out_dir=out/b", "--multi_turn=0.25"),
+             "was made with multi_turn=0.5, not 0.25")
+    one_line(run(place, "sft.py", "--dataset=demo:1,demo_chat:1"), "sft.py takes one set")
     one_line(run(place, "sft.py", *words, "--n_layer=3"), "n_layer comes from the base model")
 
 
 def test_a_set_of_another_vocabulary_is_refused(base, place):
     shutil.copytree(base / "out", place / "out")
-    chat = ROOT / "data/raw/demo/chat.jsonl"
+    chat = DEMO / "dialogues_val.jsonl"
     succeed(run(place, "prepare.py", "chat", chat, "--tokenizer=bytebpe", "--vocab_size=500"))
     one_line(run(place, "sft.py", "--dataset=chat"), "another tokenizer",
              "--tokenizer=out/tiny/best")
@@ -581,7 +668,8 @@ def test_config_files_and_their_mistakes(place):
     (("--start=x",), "no base model under out/ yet"), (("--chat",), "no chat model"),
     (("--model=nowhere",), "nowhere can't be loaded"), (("--start=FILE:no.txt",), "no base model"),
     (("x",), '--start="x"'), (("--seed=-2",), "seed"), (("--num_samples=0",), "num_samples")])
-def test_what_sample_cannot_do_is_one_line(words, what, tmp_path):
+def test_what_sample_cannot_do_is_one_line(words, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path)
     one_line(run(tmp_path, "sample.py", *words), "sample.py: ", what)
 
 

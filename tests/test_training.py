@@ -143,17 +143,24 @@ def loss_of_answers(model, tok, dialogues):
 
 
 @both
-def test_a_step_on_packed_dialogues_equals_the_dialogues_alone(arch, demo, tmp_path):
-    data = chat_data(demo)
+@pytest.mark.parametrize("multi_turn", [0, 1])
+def test_a_step_on_packed_dialogues_equals_the_dialogues_alone(multi_turn, arch, demo, tmp_path):
+    data = chat_data(demo, f"--multi_turn={multi_turn}")
+    tok, step = data.tokenizer, len(data.steps) + 4  # of the second epoch
     trainer = make_trainer(tmp_path, data, f"--arch={arch}", "--gradient_accumulation_steps=3",
                            vocab_size=4096, block_size=128)
-    kept, trainer.step = keep_gradients(trainer), 4
+    kept, trainer.step = keep_gradients(trainer), step
     loss, _ = trainer.train_step()
-    rows = [data.rows["train"][n] for n in data.steps[data.order.at(4)[0]]]
-    dialogues = [data.dialogues["train"][i] for row in rows for i in row]
-    assert len(rows) == 6 < len(dialogues)
-    total, n = loss_of_answers(trainer.model, data.tokenizer, dialogues)
-    assert data.n_trained(4) == n and loss.item() == pytest.approx((total / n).item(), rel=1e-5)
+    rows = data.steps[data.order.at(step)[0]]
+    assert len(rows) == 6
+    if multi_turn:  # a row is one conversation
+        dialogues = [np.append(data.packed_row("train", n, 1)[0], tok.eot) for n in rows]
+    else:
+        dialogues = [data.dialogues["train"][data.exchanged(1)[i]]
+                     for n in rows for i in data.rows["train"][n]]
+        assert len(dialogues) > 6
+    total, n = loss_of_answers(trainer.model, tok, dialogues)
+    assert data.n_trained(step) == n and loss.item() == pytest.approx((total / n).item(), rel=1e-5)
     (total / n).backward()
     assert_gradients_equal(kept, trainer.model)
 
@@ -602,6 +609,7 @@ def test_every_config_file_is_a_run_of_its_script(file):
                                fixed=pretrain.SHAPE)
     else:
         cfg, words = configure(pretrain.__file__, [str(file)])
+    if cfg.init_from == "auto" and "sft" not in file.stem:
         bins = SimpleNamespace(tokenizer=SimpleNamespace(
             vocab_size=16_000, padded_vocab_size=16_000))
         with torch.device("meta"):

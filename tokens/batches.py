@@ -83,7 +83,8 @@ def windows(tokens, eot, block_size, stride, batch_size):
 
 
 class TextData:
-    """Windows of a text set, or of several mixed by weight.
+    """Windows of a text set, or of several sets mixed by weight, of which some may be dialogues:
+    those are trained as texts with role headers, and are not part of the validation.
 
     An epoch of a set is every window of block_size tokens once, in a new order and from a new
     offset, so that each epoch cuts the text elsewhere.
@@ -91,11 +92,13 @@ class TextData:
 
     def __init__(self, bins, cfg):
         if bins.kind != "text":
-            raise UserError(f"{bins.folder} holds dialogues: those are for sft.py")
+            raise UserError(f"{bins.folder} holds dialogues: those are for sft.py, or to be mixed "
+                            "with texts (dataset=wiki:0.9,chat:0.1)")
         self.bins, self.cfg, self.tokenizer, self.parts = bins, cfg, bins.tokenizer, bins.parts
         self.rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
         self.train = [part.tokens("train") for part, _ in self.parts]
-        self.val = [part.tokens("val") for part, _ in self.parts]
+        self.val_parts = [(part, w) for part, w in self.parts if part.kind == "text"]
+        self.val = [part.tokens("val") for part, _ in self.val_parts]
         self.sampler = MixtureSampler([weight for _, weight in self.parts], cfg.seed)
         self.orders = []
         for (part, _), tokens in zip(self.parts, self.train):
@@ -152,12 +155,13 @@ class TextData:
                 for (part, _), n, order in zip(self.parts, self.sampler.counts, self.orders)}
 
     def val_sizes(self):
-        """Return how many tokens of each set are evaluated: its share of eval_tokens, or all."""
-        wanted = [math.ceil(self.cfg.eval_tokens * weight) for _, weight in self.parts]
+        """Return how many tokens of each text set are evaluated: a share of eval_tokens, or all."""
+        total = sum(weight for _, weight in self.val_parts)
+        wanted = [math.ceil(self.cfg.eval_tokens * weight / total) for _, weight in self.val_parts]
         return [min(len(val), n or len(val)) for val, n in zip(self.val, wanted)]
 
     def val_batches(self):
-        """Yield the first tokens of each set in adjacent windows; each is predicted once."""
+        """Yield the first tokens of each text set in adjacent windows; each is predicted once."""
         T = self.cfg.block_size
         for val, n in zip(self.val, self.val_sizes()):
             for ids, targets in windows(val[:n], self.tokenizer.eot, T, T, self.cfg.batch_size):
@@ -165,7 +169,7 @@ class TextData:
 
     def scores(self, loss):
         """Return the loss (nats per token) also as bits per byte and per character of the text."""
-        splits, sizes = [part.meta["splits"]["val"] for part, _ in self.parts], self.val_sizes()
+        splits, sizes = [part.meta["splits"]["val"] for part, _ in self.val_parts], self.val_sizes()
         bits = loss / math.log(2) * sum(sizes)
         n_bytes = sum(n * s["bytes"] / s["tokens"] for n, s in zip(sizes, splits))
         chars = sum(n * s["characters"] / s["tokens"] for n, s in zip(sizes, splits))
@@ -176,6 +180,6 @@ class TextData:
         the first 10 characters of two val documents."""
         tok, texts = self.tokenizer, [s for s in self.cfg.sample_start.split("|") if s]
         if not texts:
-            starts = self.parts[0][0].starts("val")[:3]
+            starts = self.val_parts[0][0].starts("val")[:3]
             texts = [tok.decode(self.val[0][a:b - 1][:32])[:10] for a, b in pairwise(starts)]
         return [(s, [tok.eot, *tok.encode(s)]) for s in texts]

@@ -137,17 +137,17 @@ class Bins:
 
 
 class Mixture:
-    """Several sets of the same kind and tokenizer. .parts: [(Bins, weight)], weights sum to 1."""
+    """Several sets of the same tokenizer. .parts: [(Bins, weight)], weights sum to 1. .kind: "chat"
+    if all sets hold dialogues, else "text"."""
 
     def __init__(self, weights, root="data"):
         total = sum(weights.values())
         self.parts = [(Bins(name, root), weight / total) for name, weight in weights.items()]
         first = self.parts[0][0]
-        self.folder, self.kind, self.tokenizer = first.folder, first.kind, first.tokenizer
+        self.folder, self.tokenizer = first.folder, first.tokenizer
+        kinds = {part.kind for part, _ in self.parts}
+        self.kind = "text" if "text" in kinds else "chat"
         for part, _ in self.parts:
-            if part.kind != self.kind:
-                raise UserError(f"{part.folder} is a {part.kind} set, {self.folder} is a "
-                                f"{self.kind} set")
             if part.tokenizer.fingerprint != self.tokenizer.fingerprint:
                 raise UserError(f"{part.folder} was made with another tokenizer than "
                                 f"{self.folder}. Prepare it again with --tokenizer={self.folder}")

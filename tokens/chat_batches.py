@@ -1,4 +1,5 @@
-"""Batches of dialogues: several in a row, the loss on the answers only."""
+"""Batches of dialogues: several in a row, some rows joined to one conversation; the loss covers the
+answers only."""
 from bisect import bisect_left, insort
 from collections import defaultdict
 from functools import lru_cache
@@ -46,8 +47,16 @@ def pack(lengths, row_size):
     return rows
 
 
+def system_message(ids, tok):
+    """Return the ids of a dialogue's system message; they are none if it has none."""
+    header = tok.role_header("system")
+    starts_with_it = np.array_equal(ids[:len(header)], header)
+    return ids[:np.flatnonzero(ids == tok.im_start)[1] if starts_with_it else 0]
+
+
 class ChatData:
-    """Rows of at most block_size positions, each packed with dialogues; attention stays inside one.
+    """Rows of at most block_size positions, each packed with dialogues; attention stays inside one,
+    or inside the conversation that a share of the rows joins them to.
 
     The rows of a step have about the same length, and a micro-batch is as wide as its longest row,
     so there is hardly any padding. An epoch is every row once, with its steps in a new order.
@@ -57,11 +66,11 @@ class ChatData:
     """
 
     def __init__(self, bins, cfg):
-        if bins.kind != "chat":
-            raise UserError(f"{bins.folder} holds texts; sft.py takes a chat set (prepare.py chat)")
         if len(bins.parts) > 1:
             raise UserError(f"dataset={cfg.dataset}: sft.py takes one set. Prepare them together: "
                             "python prepare.py belle sharegpt --name=chat")
+        if bins.kind != "chat":
+            raise UserError(f"{bins.folder} holds texts; sft.py takes a chat set (prepare.py chat)")
         self.bins, self.cfg, self.tokenizer = bins, cfg, bins.tokenizer
         self.dialogues, self.rows, self.row_lengths = {}, {}, {}
         for split in ("train", "val"):
@@ -73,6 +82,7 @@ class ChatData:
         self.order = EpochPermutation(len(self.steps), cfg.seed)
         # n_trained and batch read the same rows of a step
         self.packed_row = lru_cache(maxsize=4096)(self.packed_row)
+        self.exchanged = lru_cache(maxsize=2)(self.exchanged)
 
     def load_split(self, split):
         """Truncate the dialogues of a split, pack them into rows, and sort the rows by length."""
@@ -96,17 +106,45 @@ class ChatData:
               f"{1 - lengths.sum() / widths.sum():.1%} padding; {n_cut:,} cut after a message, "
               f"{len(full) - len(kept):,} dropped (first answer too long)")
 
-    def packed_row(self, split, index):
-        """Return ids, targets, doc_ids of a row, each (row length,) int64; targets outside the
-        answers are -1."""
-        parts = []
-        for doc_id, item in enumerate(self.rows[split][index]):
-            ids = self.dialogues[split][item].astype(np.int64)
-            targets = np.where(self.tokenizer.loss_mask(ids), ids, -1)
-            parts.append((ids[:-1], targets[1:], np.full(len(ids) - 1, doc_id)))
+    def exchanged(self, epoch):
+        """Return an index of a training dialogue for each of them, by (seed, epoch): dialogues of
+        equal length change places, so that rows have other dialogues and the same lengths."""
+        lengths = [len(ids) for ids in self.dialogues["train"]]
+        random = np.random.default_rng([self.cfg.seed, epoch, 0, 1]).random(len(lengths))
+        new = np.empty(len(lengths), np.int64)
+        new[np.argsort(lengths, kind="stable")] = np.lexsort((random, lengths))
+        return new
+
+    def packed_row(self, split, index, epoch=None):
+        """Return ids, targets, doc_ids of a row, each (at most row length,) int64; targets outside
+        the answers are -1.
+
+        A row of an epoch of training depends on (seed, epoch): its dialogues, their order, and
+        whether it is one of the share cfg.multi_turn in which dialogues with equal system messages
+        are joined to one document: the message stands once, no <|endoftext|> separates them.
+        """
+        tok, items, joined = self.tokenizer, self.rows[split][index], False
+        if epoch is not None:
+            rng = np.random.default_rng([self.cfg.seed, epoch, index, 2])
+            items = rng.permutation(self.exchanged(epoch)[items])
+            joined = rng.random() < self.cfg.multi_turn
+        dialogues = [self.dialogues[split][i].astype(np.int64) for i in items]
+        if joined:  # equal system messages next to each other
+            dialogues.sort(key=lambda ids: system_message(ids, tok).tobytes())
+        parts, doc_id, before = [], -1, None
+        for ids in dialogues:
+            targets, begin = np.where(tok.loss_mask(ids), ids, -1), 0
+            system = system_message(ids, tok)
+            if joined and np.array_equal(system, before):
+                begin = len(system)
+            else:
+                doc_id += 1
+            part = ids[begin:-1]
+            parts.append((part, targets[begin + 1:], np.full(len(part), doc_id)))
+            before = system if ids[-1] == tok.eot else None  # one that was cut is not continued
         return [np.concatenate(arrays) for arrays in zip(*parts)]
 
-    def collate(self, split, indices):
+    def collate(self, split, indices, epoch=None):
         """Return ids, targets, doc_ids, each (rows, length of the longest row) int64.
 
         Padding is a document of its own without targets; no indices give one position of it.
@@ -115,7 +153,7 @@ class ChatData:
         shape = (max(1, len(indices)), width)
         batch = np.zeros(shape, np.int64), np.full(shape, -1), np.full(shape, width)
         for i, index in enumerate(indices):
-            for padded, values in zip(batch, self.packed_row(split, index)):
+            for padded, values in zip(batch, self.packed_row(split, index, epoch)):
                 padded[i, :len(values)] = values
         return [torch.from_numpy(array) for array in batch]
 
@@ -129,7 +167,7 @@ class ChatData:
         micro counts the micro-batches of the step over all processes.
         """
         micros = np.array_split(self.rows_of_step(step), self.cfg.gradient_accumulation_steps)
-        return self.collate("train", micros[micro])
+        return self.collate("train", micros[micro], step // len(self.steps))
 
     def widest(self):
         """Return a micro-batch of the largest size."""
@@ -137,7 +175,8 @@ class ChatData:
 
     def n_trained(self, step):
         """Return the number of targets of a step, over all its micro-batches."""
-        rows = [self.packed_row("train", index) for index in self.rows_of_step(step)]
+        epoch = step // len(self.steps)
+        rows = [self.packed_row("train", index, epoch) for index in self.rows_of_step(step)]
         return max(1, sum(int((targets >= 0).sum()) for _, targets, _ in rows))
 
     def tokens_read(self, steps):

@@ -7,9 +7,15 @@ from common.command_line import UserError
 from tokens.bins import set_folder
 
 
-def prepare_demo(name):
-    """Prepare the demo sets if `name` is one of them and is missing."""
-    if name not in ("demo", "demo_chat") or (set_folder(name) / "meta.json").is_file():
+def demo_sets(dataset):
+    """Return which of the demo sets the setting `dataset` names."""
+    names = {part.partition(":")[0].strip().removeprefix("data/") for part in dataset.split(",")}
+    return names & {"demo", "demo_chat"}
+
+
+def prepare_demo(dataset):
+    """Prepare the demo sets if the setting `dataset` names one of them that is missing."""
+    if all((set_folder(name) / "meta.json").is_file() for name in demo_sets(dataset)):
         return
     print("preparing the embedded text", flush=True)
     script = Path(__file__).parent.parent / "prepare.py"

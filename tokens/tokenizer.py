@@ -195,15 +195,20 @@ class Tokenizer:
                 mask[first:end[0] + 1 if len(end) else len(ids)] = True
         return mask
 
+    def decode_chat(self, ids):
+        """Return the messages of ChatML ids (n,), as encode_chat takes them."""
+        ids = np.asarray(ids)
+        starts, ends = np.flatnonzero(ids == self.im_start), np.flatnonzero(ids == self.im_end)
+        texts = [self.decode(ids[a + 1:b]).partition("\n") for a, b in zip(starts, ends)]
+        return [dict(role=role, content=content) for role, _, content in texts]
+
     def plain_text(self, ids):
         """Return a document's text as UTF-8 bytes, without control tokens; of a dialogue the
         contents of its messages, joined by newlines."""
         ids = np.asarray(ids)
-        starts, ends = np.flatnonzero(ids == self.im_start), np.flatnonzero(ids == self.im_end)
-        if not len(starts):
+        if self.im_start not in ids:
             return self.decode_bytes(ids[ids != self.eot])
-        messages = [self.decode_bytes(ids[a + 1:b]) for a, b in zip(starts, ends)]
-        return b"\n".join(m.partition(b"\n")[2] for m in messages)
+        return "\n".join(m["content"] for m in self.decode_chat(ids)).encode()
 
     def save(self, folder, chat=False):
         """Write tokenizer.json and tokenizer_config.json for load_tokenizer and AutoTokenizer."""

@@ -3,6 +3,7 @@
     tok = load_tokenizer("qwen")             # or gpt2, a hub id, a path
     tok = train_bytebpe(texts, 2048)
 """
+import itertools
 import json
 import os
 import sys
@@ -181,6 +182,10 @@ def byte_level_bpe(regexes, vocab=None, merges=None):
     return tok
 
 
+# Every message of a chat begins with one of them: as frequent training text each becomes one id.
+ROLES = ["system\nuser\nassistant\ntool\n"] * 10_000
+
+
 def train_bytebpe(texts, vocab_size):
     """Return a new Tokenizer: byte-level BPE with Qwen2's splitting regex, trained on texts.
 
@@ -193,7 +198,7 @@ def train_bytebpe(texts, vocab_size):
     # Training time is quadratic in the length of a piece, and text without punctuation is one
     # piece. So the trainer gets pieces of MAX_PIECE; the measured effect on the result: LOG.md.
     tok = byte_level_bpe([QWEN_REGEX, rf"[\s\S]{{1,{MAX_PIECE}}}"])
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
+    tok.train_from_iterator(itertools.chain(texts, ROLES), trainers.BpeTrainer(
         vocab_size=vocab_size - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty()))
     model = json.loads(tok.to_str())["model"]

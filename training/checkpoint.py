@@ -14,7 +14,8 @@ from models.hf import model_of_checkpoint, write_errors_as_user_error
 SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
 KEYS = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers", "scaler", "data"}
 # A run without a checkpoint is continued by a command with the same values of these settings.
-SAME_RUN = ("seed", "dataset", "optimizer", "dropout", "weight_decay", "beta1", "beta2", *SHAPE)
+SAME_RUN = ("seed", "dataset", "optimizer", "dropout", "weight_decay", "beta1", "beta2",
+            "multi_turn", *SHAPE)
 
 
 def checkpoint_files(out_dir):
@@ -137,7 +138,8 @@ def check_resumable(cfg, bins, checkpoint, file):
     old = comparable(checkpoint["cfg"]) | dict(data=checkpoint["data"])
     new = comparable(vars(cfg)) | dict(data=bins.fingerprint())
     shape = SHAPE if new["init_from"] == "auto" else ("block_size",)
-    for name in ("data", "seed", "optimizer", "init_from", "rows per step", *shape):
+    old.setdefault("multi_turn", None)  # older runs joined no dialogues, and had other rows
+    for name in ("data", "seed", "optimizer", "init_from", "rows per step", "multi_turn", *shape):
         if name in new and new[name] != old[name]:
             if name == "data":  # the names say more than the hashes
                 name = "dataset"

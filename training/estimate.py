@@ -88,7 +88,7 @@ def new_model(**settings):
     return GPT(config)
 
 
-def print_plan(cfg, ctx, model, data, step, kind):
+def print_plan(cfg, ctx, model, data, step):
     """Print size, tokens, epochs, FLOPs and memory of the run; warn of too many epochs."""
     c, (embedding, body) = model.config, model.n_params()
     tokens = data.tokens_read(cfg.max_iters) - data.tokens_read(step)
@@ -105,8 +105,9 @@ def print_plan(cfg, ctx, model, data, step, kind):
     memory = memory_plan(model, cfg, ctx)
     parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in memory.items() if n)
     print(f"memory a process: about {sum(memory.values()) / GIB:.2f} GiB ({parts})", flush=True)
+    dialogues = {part.folder.name for part, _ in data.bins.parts if part.kind == "chat"}
     for name, n in epochs.items():
-        if n > MANY_EPOCHS and kind == "base":
+        if n > MANY_EPOCHS and name not in dialogues:  # those are learned by heart
             print(f"{name} will be read {n:.1f} times: after {MANY_EPOCHS} epochs a model gains "
                   "little and starts to memorise. Use more text, fewer steps or a smaller weight")
 
