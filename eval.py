@@ -284,8 +284,7 @@ def answers(cfg, arguments):
                       f"{split}, {name}")
 
 
-TASKS = dict(bpb=bpb, choice=choice, cloze=cloze, overlap=overlap, facts=facts,
-             answers=answers)
+TASKS = dict(bpb=bpb, choice=choice, cloze=cloze, overlap=overlap, facts=facts, answers=answers)
 
 
 def main():

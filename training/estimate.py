@@ -107,7 +107,7 @@ def print_plan(cfg, ctx, model, data, step):
     print(f"memory a process: about {sum(memory.values()) / GIB:.2f} GiB ({parts})", flush=True)
     dialogues = {part.folder.name for part, _ in data.bins.parts if part.kind == "chat"}
     for name, n in epochs.items():
-        if n > MANY_EPOCHS and name not in dialogues:  # those are learned by heart
+        if n > MANY_EPOCHS and name not in dialogues:  # which are repeated on purpose
             print(f"{name} will be read {n:.1f} times: after {MANY_EPOCHS} epochs a model gains "
                   "little and starts to memorise. Use more text, fewer steps or a smaller weight")
 
