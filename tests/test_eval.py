@@ -51,8 +51,7 @@ LINES = ('{"question": "天是什么颜色？", "choices": ["红", "蓝"], "answ
 @pytest.fixture(scope="module")
 def tiny(base):
     model, tok = load_model(str(base / "out/tiny/best"))
-    with torch.no_grad():
-        yield model.eval(), tok
+    return model.eval().requires_grad_(False), tok
 
 
 @pytest.fixture
