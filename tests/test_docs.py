@@ -139,7 +139,8 @@ def test_the_files_functions_and_settings_that_are_named_exist(file):
     for path in re.findall(r"`((?:\w+/)*\w+\.py)\b", text):
         assert path == "model.py" or (ROOT / path).is_file(), path  # model.py is nanoGPT's
     settings = OTHERS.union(*(read_settings(ROOT / script) for script in (
-        "prepare.py", "pretrain.py", "sft.py", "sample.py", "eval.py", "bench.py")))
+        "prepare.py", "pretrain.py", "sft.py", "sample.py", "eval.py", "bench.py",
+        "models/to_bfloat16.py")))
     added = {"activation"} if file.name == "change.md" else set()  # by its second example
     unknown = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) - settings - added
     assert not unknown, unknown

@@ -9,6 +9,7 @@ from conftest import ROOT, run, run_process, succeed
 
 from common.command_line import UserError
 from models.folders import SHIPPED, find_model, load_model
+from models.hf import save_model
 from models.to_bfloat16 import write_bfloat16
 
 KINDS = ("base", "chat")
@@ -95,3 +96,15 @@ def test_a_model_in_bfloat16_is_the_same_but_for_rounding(base, tmp_path):
     for source, target, what in (("nowhere", "n", "no such folder"), ("m", "m", "exists already")):
         with pytest.raises(UserError, match=what):
             write_bfloat16(tmp_path / source, tmp_path / target)
+
+
+def test_two_models_are_averaged(base, tmp_path):
+    model, tok = load_model(base / "out/tiny/best")
+    zero = {name: torch.zeros_like(w) for name, w in model.state_dict().items()}
+    save_model(tmp_path / "zero", model, zero, tok, "base", {})
+    write_bfloat16(base / "out/tiny/best", tmp_path / "m", tmp_path / "zero", share=0.25)
+    mixed = load_model(tmp_path / "m")[0].state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal((0.75 * tensor).bfloat16().float(), mixed[name])
+    with pytest.raises(UserError, match="not of the same shape"):
+        write_bfloat16(base / "out/tiny/best", tmp_path / "n", SHIPPED / "base")
