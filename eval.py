@@ -5,9 +5,9 @@
     python eval.py cloze demo          # which of four sentences follows that of a held-out text?
     python eval.py overlap demo        # how much of the model's samples is copied from the set
     python eval.py facts [FILE]        # a chat model: do its answers contain the right key words?
-    python eval.py answers demo_chat   # a chat model: does it repeat the answers of a set?
+    python eval.py answers demo_chat   # a chat model: how near are its answers to those of a set?
 
---model= names any model folder or hub id: ours, or Hugging Face's GPT-2 and Qwen3.
+--model= names any model folder or hub id: ours, or one that training can start from.
 """
 # ---- model ----
 model = ""             # folder, checkpoint, hub id or xiaoyu; "" = the newest base run (facts and
@@ -17,6 +17,7 @@ batch_size = 8         # rows per forward pass
 # ---- bpb ----
 stride = 0             # tokens from one window to the next; 0 = the context, as in training. With
 #                        less, windows overlap: each token has more context, but it takes longer
+by = ""                # a key of the file's records, such as source: a line for each of its values
 # ---- choice ----
 description = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。"  # begins each prompt
 subjects = ""          # JSON file {file's name: subject}, such as C-Eval's subject_mapping.json
@@ -41,7 +42,7 @@ device = "auto"        # cuda, mps, cpu
 dtype = "auto"         # to compute in: float32, bfloat16, float16; auto: as in training
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -55,11 +56,11 @@ from common.device import autocast, choose_device, choose_dtype
 from common.settings import check_ranges, configure
 from corpus.clean import Rules, clean_document
 from corpus.files import Dropped, find_files
-from corpus.sources import SOURCES
+from corpus.sources import SOURCES, record_text
 from evaluation.answers import (
-    SAME, ask_in_chats, ask_reworded, character_f1, contains_key, greedy_answers, known_questions,
+    SAME, ask_in_chats, ask_reworded, compare, contains_key, greedy_answers, known_questions,
     mean_and_error, read_facts)
-from evaluation.likelihood import bits_per_byte, choose, standard_error
+from evaluation.likelihood import bits_per_byte, choose, standard_error, total_of
 from evaluation.questions import PROMPTS, list_reasons, read_questions, sentence_questions
 from models.folders import RANGES, check_chat_tokens, find_model, load_model
 from sampling.text import continue_texts
@@ -107,45 +108,68 @@ def print_skipped(reasons):
 
 # ---- bits per byte ----
 
-def texts_to_score(name, skipped):
-    """Yield the text of each document of a set's val split, or of a file or folder.
+def texts_to_score(name, skipped, by=""):
+    """Yield (value of the key `by`, text) of each document of a set's val split, or of a file or
+    folder; the value of a document without that key is "-".
 
     Files are read and cleaned as prepare.py text does it: each record of a .jsonl (.csv ...) file
     is a document, any other file is one (several, if it has over 4 million characters). skipped, a
-    Counter, gets the reasons of documents and lines that are left out.
+    Counter, gets the reasons of documents and lines that are left out. UserError, after the last
+    document: no record has the key.
     """
     if (set_folder(name) / "meta.json").is_file():
         bins = Bins(name)
         if bins.kind != "text":
             raise UserError(f"{bins.folder} holds dialogues; bits per byte are for texts")
-        yield from read_texts(bins, "val")
+        if by:
+            raise UserError(f"by={by}: a prepared set has no records with keys; name a file")
+        yield from (("-", text) for text in read_texts(bins, "val"))
         return
     if not Path(name).exists():
         raise UserError(f"{name} is neither a prepared set under data/ nor a file")
-    source, rules = SOURCES["text"], Rules()
-    for place, doc in source.documents(find_files([name], source.wanted, source.endings)):
+    source, rules, keys = SOURCES["text"], Rules(), Counter()
+
+    def labelled(record, field):
+        entries = record if isinstance(record, dict) else {}
+        keys.update(entries.keys())
+        value = "-" if entries.get(by) is None else str(entries[by])
+        return " ".join(value.split())[:80], record_text(record, field)
+
+    files = find_files([name], source.wanted, source.endings)
+    for place, doc in source.documents(files, document_of=labelled):
+        label, doc = doc if isinstance(doc, tuple) else ("-", doc)
         text, reason, trimmed = (("", doc.details or doc.reason, {}) if isinstance(doc, Dropped)
                                  else clean_document(doc, rules))
         skipped += trimmed
         if reason:
             skipped[f"{place}: {reason}"] += 1
         else:
-            yield text
+            yield label, text
+    if by and not keys[by]:
+        raise UserError(f"no record of {name} has the key {by}; keys: {', '.join(keys)[:80]}")
 
 
 def bpb(cfg, arguments):
-    """Print the bits per byte of one set or file."""
+    """Print the bits per byte of one set or file; with cfg.by a line for each value of that key.
+    """
     name, skipped = single_argument(arguments, "prepared set or text file"), Counter()
     with load(cfg) as (model, tok):
         context = model.config.block_size
         if cfg.stride > context:
             raise UserError(f"stride={cfg.stride} is more than the context, {context} tokens")
-        texts = texts_to_score(name, skipped)
-        first = next(texts, "")
-        if not first:
+        groups = defaultdict(list)
+        for label, text in texts_to_score(name, skipped, cfg.by):
+            groups[label if cfg.by else ""].append(text)
+        if not groups:
             raise UserError(f"no text in {name}: {list_reasons(skipped) or 'no document'}")
-        s = bits_per_byte(model, tok, chain([first], texts), cfg.stride, cfg.batch_size)
+        scores = {label: bits_per_byte(model, tok, texts, cfg.stride, cfg.batch_size)
+                  for label, texts in sorted(groups.items())}
     print_skipped(skipped)
+    if cfg.by:
+        print(f"documents  nats/token  bits/byte  bits/character  {cfg.by}")
+    for label, s in scores.items() if cfg.by else ():
+        print(f"{s['documents']:9,}  {s['nats']:10.4f}  {s['bpb']:9.4f}  {s['bpc']:14.4f}  {label}")
+    s = total_of(scores.values())
     print(f"{name}: {s['documents']:,} documents, {s['tokens']:,} tokens, {s['bytes']:,} bytes, "
           f"{s['characters']:,} characters; context {context:,}, stride {cfg.stride or context:,}\n"
           f"nats per token {s['nats']:.4f}  bits per byte {s['bpb']:.4f}  "
@@ -267,21 +291,22 @@ def facts(cfg, arguments):
 
 
 def answers(cfg, arguments):
-    """Print how many greedy answers of a chat model are those of a chat set, to trained and to
+    """Print how near greedy answers of a chat model are to those of a chat set, to trained and to
     held-out questions: alone, in chats and reworded."""
     bins = Bins(single_argument(arguments or ["demo_chat"], "prepared set of dialogues"))
     if bins.kind != "chat":
         raise UserError(f"{bins.folder} holds texts; answers are compared with those of dialogues")
     with load(cfg, "chat") as (model, tok):
         answer = partial(greedy_answers, model, tok, cfg.batch_size)
-        print(f"  asked  F1>={SAME}  mean F1")
+        print(f"  asked  F1>={SAME}    exact ±  error       F1 ±  error  ROUGE-L ±  error")
         for split in SPLITS:
             dialogues, references = zip(*known_questions(bins, split, cfg.num_questions, cfg.seed))
             for name, given in chain(ask_in_chats(answer, dialogues, cfg.seed),
                                      ask_reworded(answer, dialogues)):
-                f1 = list(map(character_f1, given, references))
-                print(f"{len(f1):7,} {sum(f >= SAME for f in f1):8,} {sum(f1) / len(f1):8.3f}  "
-                      f"{split}, {name}")
+                columns = list(zip(*map(compare, given, references)))  # exact, F1, ROUGE-L
+                shown = (mean_and_error(values) for values in columns)
+                print(f"{len(given):7,} {sum(f >= SAME for f in columns[1]):8,}",
+                      *(f"{p:8.2%} ± {e:6.2%}" for p, e in shown), f" {split}, {name}")
 
 
 TASKS = dict(bpb=bpb, choice=choice, cloze=cloze, overlap=overlap, facts=facts, answers=answers)

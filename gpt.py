@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -31,6 +32,8 @@ class GPTConfig:
     n_inner: int = 0         # width inside the MLP; 0 = 4 n_embd (gpt2), 8/3 n_embd (qwen3)
     dropout: float = 0.0     # on the embeddings and on each residual branch
     bias: bool = True        # gpt2 only: biases in linear layers and norms
+    qkv_bias: bool = False   # qwen3: biases of q, k and v, as in Qwen2; gpt2: as bias
+    qk_norm: bool = True     # qwen3: norms of q and k; off and no qkv_bias: Llama's shape
     activation: str = "gelu_pytorch_tanh"  # gpt2 only; "gelu_new" is the same, "gelu" exact
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -70,6 +73,11 @@ class GPTConfig:
         if not modern and (self.n_kv_head != self.n_head or not self.tie):
             raise ValueError("gpt2 needs n_kv_head = n_head and a tied output head")
         self.bias = self.bias and not modern
+        self.qkv_bias = self.qkv_bias if modern else self.bias
+        self.qk_norm = self.qk_norm and modern
+        if self.qkv_bias and self.qk_norm:
+            raise ValueError("qkv_bias (as Qwen2 has) and qk_norm (as Qwen3 has) exclude each "
+                             "other, because no known format holds both: switch one off")
 
 
 # ---- positions and norms ----
@@ -157,13 +165,13 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.group_size = config.n_head // config.n_kv_head  # queries a key (arXiv:2305.13245)
         inner, inner_kv = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
-        self.q_proj = nn.Linear(config.n_embd, inner, bias=config.bias)     # C -> n_head * D
-        self.k_proj = nn.Linear(config.n_embd, inner_kv, bias=config.bias)  # C -> n_kv_head * D
-        self.v_proj = nn.Linear(config.n_embd, inner_kv, bias=config.bias)
+        bias, normed = config.qkv_bias, config.qk_norm
+        self.q_proj = nn.Linear(config.n_embd, inner, bias=bias)     # C -> n_head * D
+        self.k_proj = nn.Linear(config.n_embd, inner_kv, bias=bias)  # C -> n_kv_head * D
+        self.v_proj = nn.Linear(config.n_embd, inner_kv, bias=bias)
         self.o_proj = nn.Linear(inner, config.n_embd, bias=config.bias)     # n_head * D -> C
-        modern = config.arch == "qwen3"
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if modern else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if normed else nn.Identity()
 
     def forward(self, x, rope, mask, cache):
         # mask (B or 1, 1, T, past + T): True where a query attends to a key; None = causal
@@ -243,18 +251,19 @@ def loss_chunk(x, weight, targets, need_grad):
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, need_grad, rows, chunk):
+    def forward(ctx, x, weight, tuned, ids, targets, need_grad, rows, chunk):
         w, ignored = weight.to(x.dtype), (targets < 0)[:, None]
         x = x.masked_fill(ignored, 0)  # zero the ignored rows: they add nothing to d/dweight
         loss = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if need_grad else None      # (N, C)
-        grad_w = torch.zeros_like(weight) if need_grad else None  # (V, C), in weight's dtype
+        grad_w = torch.zeros_like(tuned) if need_grad else None  # (V or n, C), in tuned's dtype
         for i in range(0, len(x), rows):
             # the logits of these rows exist only inside chunk()
             part, grad = chunk(x[i:i + rows], w, targets[i:i + rows], need_grad)
             loss += part
             if need_grad:
                 torch.mm(grad, w, out=grad_x[i:i + rows])        # (rows, V) @ (V, C)
+                grad = grad[:, ids]                              # (rows, V or n)
                 if x.dtype == grad_w.dtype:
                     grad_w.addmm_(grad.T, x[i:i + rows])         # without a second (V, C) matrix
                 else:
@@ -269,24 +278,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         # In place, because a copy of d/dweight takes 466 MB at 151,680 x 768. autograd refuses a
         # second backward, since it sees that the saved tensors have changed.
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x.mul_(scale), grad_w.mul_(scale), None, None, None, None
+        return grad_x.mul_(scale), None, grad_w.mul_(scale), None, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, logits_budget=2**26, chunk=loss_chunk):
+def linear_cross_entropy(x, weight, targets, logits_budget=2**26, chunk=loss_chunk, tuned=None):
     """Return the summed cross-entropy of x @ weight.T against targets in chunks of logits.
 
     x (N, C) of any float dtype, weight (V, C), targets (N,) int64 -> scalar float32. Targets of -1
     are ignored. Peak extra memory is 8 to 10 bytes for each of logits_budget logits and the (V, C)
     gradient, instead of N * V logits. Gradients are computed in the forward pass, so each chunk of
     logits is computed once (Liger kernels, arXiv:2410.10989). Autocast's dtype applies to both.
+    tuned: (ids, rows (n, C)): weight is frozen; its rows ids, which equal rows, get a gradient.
     """
+    ids, tuned = tuned or (slice(None), weight)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
     rows = max(1, logits_budget // len(weight))
     need_grad = torch.is_grad_enabled()  # read here: in Function.forward it is always off
     with torch.autocast(device_type, enabled=False):
-        return LinearCrossEntropy.apply(x, weight, targets, need_grad, rows, chunk)
+        return LinearCrossEntropy.apply(x, weight.detach(), tuned, ids, targets, need_grad, rows,
+                                        chunk)
 
 
 # ---- sampling ----
@@ -334,6 +346,8 @@ class GPT(nn.Module):
         self.norm = make_norm(config)                            # before the head
         self.lm_head = None if config.tie else nn.Linear(config.n_embd, rows, bias=False)
         self.loss_chunk = loss_chunk
+        self.recompute = False  # keep only the blocks' inputs for the backward (arXiv:1604.06174)
+        self.lora = self.tuned = None  # with adapters: their base; (ids, rows) that the head trains
         self.init_weights()
 
     def init_weights(self):
@@ -364,8 +378,10 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Return the matmul FLOPs of forward and backward per token at context T (PaLM, app. B)."""
         c = self.config
-        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
-        return 6 * (matrices + self.head.numel()) + 12 * c.n_layer * c.n_head * c.head_dim * T
+        matrices = [p for p in self.blocks.parameters() if p.dim() == 2] + [self.head]
+        # 2 FLOPs an element for the forward, for d/dx, and for d/dweight where it is not frozen
+        products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
+        return products + 12 * c.n_layer * c.n_head * c.head_dim * T
 
     def hidden(self, ids, doc_ids=None, caches=None):
         """Return the final hidden states (B, T, C) of ids (B, T); arguments as in forward."""
@@ -389,7 +405,10 @@ class GPT(nn.Module):
             rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, caches[i] if caches else None)
+            if self.recompute and torch.is_grad_enabled():       # with the same dropout
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)                                      # (B, T, C)
 
     def forward(self, ids, targets=None, doc_ids=None, caches=None, last=False):
@@ -408,7 +427,8 @@ class GPT(nn.Module):
         if doc_ids is not None:  # dialogues: many positions have no target and need no logits
             trained = (targets >= 0).nonzero()[:, 0]
             x, targets = x[trained], targets[trained]
-        loss = linear_cross_entropy(x, self.head, targets, self.logits_budget(), self.loss_chunk)
+        loss = linear_cross_entropy(x, self.head, targets, self.logits_budget(), self.loss_chunk,
+                                    self.tuned)
         return loss, (targets >= 0).sum()
 
     def logits_budget(self):

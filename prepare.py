@@ -1,7 +1,7 @@
 """Prepare a training set from raw text: read, clean, drop duplicates, encode, split, write.
 
     python prepare.py demo                        # the embedded text: data/demo, data/demo_chat
-    python prepare.py wiki [PATH ...]             # or thucnews, text, chat, belle, webqa ...
+    python prepare.py wiki [PATH ...]             # or tinystories, fineweb, text, chat, belle ...
     python prepare.py wiki thucnews --name=zh     # several sources in one set
     python prepare.py tokenizer PATH ... --vocab_size=16384      # only train a tokenizer
     python prepare.py inspect NAME                # describe data/NAME
@@ -14,9 +14,10 @@ of paths.
 # ---- output ----
 name = ""            # folder under data/; "" = the names of the sources
 # ---- tokenizer ----
-tokenizer = ""       # bytebpe (trained here), qwen, gpt2, a hub id or a path; "" = qwen; for demo
-#                      bytebpe; for chat sources that of the newest base model, else xiaoyu's
-vocab_size = 0       # ids of a new bytebpe; 0 = 16,384, for demo 4,096
+tokenizer = ""       # bytebpe (trained here), qwen, gpt2, a hub id or a path; "" = xiaoyu's, so
+#                      that training can start from it; of 50 MB of text and more qwen; for chat
+#                      sources that of the newest base model
+vocab_size = 0       # ids of a new bytebpe; 0 = by the size of the text, 512 to 16,384; demo 4,096
 split_rule = ""      # gpt2, cl100k, o200k or qwen, for vocab.json or .tiktoken files of other sizes
 # ---- input ----
 field = ""           # key of the text in .jsonl .json .csv .parquet; "" = text, content, completion
@@ -33,7 +34,8 @@ near_duplicates = 0.0  # drop texts at least this similar to an earlier one, e.g
 #                      (pip install datasketch)
 # ---- split and speed ----
 val = ""             # file or folder to validate on; "" = files named dev, val ..., else a share
-val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.005
+val_fraction = 0.0   # share of documents held out, chosen by their hash; 0 = 0.05, of 50 MB and
+#                      more 0.005
 workers = 0          # processes that clean and encode; 0 = one per core, fewer for little text
 # ---- inspect ----
 plot = False         # also draw data/NAME/inspect.png (pip install matplotlib)
@@ -42,6 +44,7 @@ import difflib
 import hashlib
 import heapq
 import itertools
+import math
 import os
 import sys
 import time
@@ -67,12 +70,16 @@ from corpus.sources import SOURCES, WikiPage
 from tokens.bin_writer import BinWriter, check_replaceable
 from tokens.bins import SPLITS, id_dtype
 from tokens.describe import inspect
-from tokens.splits import Encoded, SplitWriter, named_splits, split_of
+from tokens.splits import (
+    MIN_DOCUMENTS, SMALL, SMALL_FRACTION, Encoded, SplitWriter, held_out_before, named_splits,
+    split_of)
 from tokens.tokenizer_files import load_tokenizer, train_bytebpe
 
 DEMO = Path(__file__).parent / "data" / "raw" / "demo"
+XIAOYU = Path(__file__).parent / "data" / "xiaoyu" / "base"
 BATCH_CHARS = 500_000          # size of the batches that are sent to the workers
 TOKENIZER_CHARS = 8_000_000    # text that a tokenizer is trained on at most; takes 2 GB of memory
+FEW_TOKENS = 100_000           # of which a model learns no facts
 WIKI_FOLDERS = ("wiki_zh_2019", "wiki_zh", "wiki_zh*.zip", "[A-Z][A-Z]/wiki_[0-9]*")  # in ./
 RANGES = dict(vocab_size=(0, 2**20), sample=(1e-9, 1), max_docs=(0, 2**31), min_chars=(0, 2**31),
               min_chinese=(0, 1), near_duplicates=(0, 0.95), val_fraction=(0, 0.99),
@@ -127,7 +134,7 @@ def kind_of(names):
 def source_files(source, paths):
     """Return the files of a source: in paths, else in data/raw/<source>/, else from the hub."""
     raw, known = Path("data") / "raw" / source, SOURCES[source]
-    if not paths and not (raw.is_dir() and any(p.name[0] != "." for p in raw.iterdir())):
+    if not paths and known.is_missing(raw):
         for pattern in WIKI_FOLDERS if source == "wiki" else ():
             paths = paths or sorted(map(str, Path().glob(pattern)))
         advice = f"put {known.what} there, or run: python prepare.py {source} PATH"
@@ -159,12 +166,33 @@ def batches(sources, cfg, count_dropped):
                 count_dropped(source, doc.reason, place, doc.details)
                 continue
             batch.append((place, doc))
-            size += len(doc.raw if isinstance(doc, WikiPage) else plain_text(doc)) + 100
+            size += len(raw_text(doc)) + 100
             if size >= BATCH_CHARS:
                 yield source, split, batch
                 batch, size = [], 0
         if batch:
             yield source, split, batch
+
+
+def raw_texts(sources, cfg):
+    """Yield the text of each document as it was read, but for characters that are no Unicode."""
+    for *_, batch in batches(sources, cfg, lambda *_: None):
+        yield from (raw_text(doc).encode(errors="replace").decode() for _, doc in batch)
+
+
+def measure(sources, cfg):
+    """Return (number of documents, bytes of their texts), counted up to SMALL bytes."""
+    documents = size = 0
+    for text in raw_texts(sources, cfg):
+        documents, size = documents + 1, size + len(text.encode())
+        if size >= SMALL:
+            break
+    return documents, size
+
+
+def raw_text(doc):
+    """Return the text of a document, as it was read."""
+    return doc.raw if isinstance(doc, WikiPage) else plain_text(doc)
 
 
 def plain_text(doc):
@@ -183,19 +211,21 @@ def worker_settings(cfg, sources, **more):
     more |= dict(rules=Rules(cfg.min_chars, cfg.min_chinese, cfg.simplify),
                  threshold=int(cfg.val_fraction * 2**64),
                  workers=cfg.workers or max(1, min(cpu_count(), size // 4_000_000)))
-    return SimpleNamespace(**vars(cfg) | more)
+    return SimpleNamespace(**dict(small=False, few=False, before=frozenset()) | vars(cfg) | more)
 
 
-def digest(data):
-    """Return the 64-bit hash by which duplicates are found and split and sample are chosen."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+def digest(doc):
+    """Return a cleaned document's 64-bit hash, by which duplicates are found and split and sample
+    are chosen."""
+    hashed = hashlib.blake2b(identity(doc).encode(), digest_size=8)
+    return int.from_bytes(hashed.digest(), "little")
 
 
 def clean_batch(documents, settings):
     """Yield (place, cleaned document, reason to drop it or "", trimmed, digest) of each."""
     for place, doc in documents:
         doc, reason, trimmed = clean_document(doc, settings.rules)
-        key = digest(identity(doc).encode())
+        key = digest(doc)
         # by the lower half of the hash, because the upper half decides the split
         if not reason and key % 2**32 >= settings.sample * 2**32:
             reason = "not in the sample"
@@ -223,7 +253,8 @@ def encode_batch(batch, settings):
 def text_batch(batch, settings):
     """Return [(reason not to train a tokenizer on it or "", digest, text)] of the documents."""
     _, split, documents = batch
-    return [(reason or "held out" * (split_of(split, key, settings.threshold) != "train"), key,
+    return [(reason or "held out" * (split_of(
+        split, key, settings.threshold, settings.before) != "train"), key,
              plain_text(doc)) for _, doc, reason, _, key in clean_batch(documents, settings)]
 
 
@@ -238,7 +269,7 @@ def prepare(sources, kind, name, tok, cfg):
                                dtype=id_dtype(tok.vocab_size))
     with BinWriter(folder, tok.vocab_size) as out, tqdm(
             unit=" documents", delay=2, disable=None, leave=False) as progress:
-        writer = SplitWriter(out, kind, tok, counts, cfg.val_fraction, cfg.near_duplicates)
+        writer = SplitWriter(out, kind, tok, counts, settings)
         for source, split, dropped, encoded, ids in map_batches(
                 encode_batch, batches(sources, cfg, counts.drop), settings, settings.workers):
             for reason, place in dropped:
@@ -262,17 +293,47 @@ def prepare(sources, kind, name, tok, cfg):
     speed = sum(s["bytes"] for s in writer.splits.values()) / 1e6 / max(seconds, 1e-3)
     print(f"{folder}: {seconds:.1f} s, {speed:.1f} MB/s, {tok.vocab_size:,} ids ({out.dtype.name})")
     counts.print(writer.splits)
+    if kind == "text" and out.starts["train"][-1] < FEW_TOKENS:
+        print("  under 100,000 training tokens: enough for words and manner, not for what the "
+              "texts say. More text helps most")
 
 
 # ---- tokenizers ----
 
-def make_tokenizer(wanted, sources, cfg, vocab_size=16384):
-    """Return the Tokenizer that the setting names, trained on the sources if it is "bytebpe"."""
+def suitable_tokenizer(sources, kind, cfg):
+    """Return the setting `tokenizer` for sources where it is not given, and print the reason."""
+    if kind == "chat":
+        from models.folders import find_model  # here, because it imports torch
+        found = find_model("", "base", "tokenizer")
+        reason = f"that of {found}; for another base model --tokenizer=ITS_FOLDER"
+    elif not cfg.small:
+        found, reason = "qwen", "qwen, for 50 MB and more; without a network --tokenizer=bytebpe"
+    else:
+        text = "".join(itertools.islice(raw_texts(sources, cfg), 1000))[:100_000]
+        fits = len(load_tokenizer(XIAOYU).encode(text)) <= len(text)
+        found, reason = "bytebpe", (
+            "trained on these texts, because xiaoyu's needs over a token a character")
+        if fits:
+            found, reason = XIAOYU, "that of xiaoyu, so that training can start from it"
+    print(f"tokenizer: {reason}")
+    return found
+
+
+def suitable_vocab_size(characters):
+    """Return how many ids a tokenizer for so many characters of text gets: LOG.md has the
+    measurements."""
+    return min(16384, max(512, 2 ** round(math.log2(4 * characters ** 0.5))))
+
+
+def make_tokenizer(wanted, sources, cfg, vocab_size=0):
+    """Return the Tokenizer that the setting names, trained on the sources if it is "bytebpe".
+    vocab_size: that of a new one; 0 = by the size of the text. The setting comes first."""
     if wanted != "bytebpe":
         return load_tokenizer(wanted, cfg.split_rule, lossless=True)
     dropped = Counter()
     batch_iter = batches(sources, cfg, lambda source, reason, *_: dropped.update([reason]))
     settings = worker_settings(cfg, sources)
+    settings.threshold *= not settings.few  # of few texts the ends are held out instead
     results = map_batches(text_batch, batch_iter, settings, settings.workers)
     texts = sample_texts(itertools.chain.from_iterable(results), TOKENIZER_CHARS, dropped)
     n_chars, others = sum(map(len, texts)), format_counts(dropped)
@@ -281,7 +342,12 @@ def make_tokenizer(wanted, sources, cfg, vocab_size=16384):
     if n_chars > 1_000_000 or dropped:
         print(f"training a tokenizer on {len(texts):,} documents, {n_chars:,} characters"
               + f" (others: {others})" * bool(others), flush=True)
-    return train_bytebpe(texts, cfg.vocab_size or vocab_size)
+    wanted = cfg.vocab_size or vocab_size or suitable_vocab_size(n_chars)
+    tok = train_bytebpe(texts, wanted)
+    if tok.vocab_size < wanted:
+        print(f"the tokenizer has {tok.vocab_size:,} ids, not {wanted:,}: the text repeats no "
+              "other pieces")
+    return tok
 
 
 def sample_texts(rows, max_chars, dropped):
@@ -347,15 +413,14 @@ def prepare_sources(words, cfg):
     sources = parse_sources(words or [""], cfg.val)
     names = sorted({source for source, _, _ in sources})
     name, kind = cfg.name or "_".join(names), kind_of(names)
-    check_replaceable(Path("data") / name)
-    cfg.val_fraction = cfg.val_fraction or 0.005
-    base = None
-    if kind == "chat" and not cfg.tokenizer:
-        from models.folders import find_model  # here, because it imports torch
-        base = find_model("", "base", "tokenizer")
-        print(f"tokenizer: that of {base}; for another base model --tokenizer=ITS_FOLDER")
-    tok = make_tokenizer(cfg.tokenizer or base or "qwen", sources, cfg)
-    prepare(sources, kind, name, tok, cfg)
+    folder = Path("data") / name
+    check_replaceable(folder)
+    documents, size = measure(sources, cfg)
+    cfg.small, cfg.few = size < SMALL, kind == "text" and documents < MIN_DOCUMENTS
+    cfg.before = held_out_before(folder, kind, digest)
+    cfg.val_fraction = cfg.val_fraction or (SMALL_FRACTION if cfg.small else 0.005)
+    wanted = cfg.tokenizer or suitable_tokenizer(sources, kind, cfg)
+    prepare(sources, kind, name, make_tokenizer(wanted, sources, cfg), cfg)
 
 
 def main(argv=None):

@@ -11,6 +11,8 @@ out_dir = "out/pretrain"  # folder for checkpoints, log.jsonl, best/ and final/
 init_from = "auto"        # auto: resume out_dir, else a new model; scratch; xiaoyu, a folder or
 #                         hub id: start from that model
 overwrite = False         # let a new run replace the one in out_dir
+size = ""                 # auto: start, shape, steps and rates that suit the set, but for those
+#                         that a config file or the command line sets (training/estimate.py)
 seed = 1337               # of the initial weights, the order of the data and dropout
 # ---- data ----
 dataset = "wiki"          # folder under data/; or several with weights: "wiki:0.7,thucnews:0.3".
@@ -27,6 +29,8 @@ n_embd = 768              # width of the residual stream
 n_inner = 0               # width inside the MLP; 0 = 4 n_embd (gpt2), 8/3 n_embd (qwen3)
 dropout = 0.0             # 0 for one epoch; 0.1 and more for many
 bias = True               # gpt2: biases in linear layers and norms
+qkv_bias = False          # qwen3: biases of q, k and v; with qk_norm = False it is Qwen2's shape
+qk_norm = True            # qwen3: norms of q and k; without them and qkv_bias it is Llama's shape
 # ---- optimizer ----
 optimizer = "adamw"       # adamw, or muon for the blocks' matrices and adamw for the rest
 learning_rate = 6e-4      # AdamW's peak rate
@@ -54,6 +58,8 @@ sample_start = ""         # texts to continue at each evaluation, "a|b"; "": the
 device = "auto"           # cuda, cuda:1, mps, cpu; auto takes the first of these that is there
 dtype = "auto"            # float32, bfloat16, float16; auto: 16 bits where the hardware has them
 compile = False           # torch.compile: worth its minute on a GPU
+recompute = False         # keep only the blocks' inputs for the backward pass, compute the rest
+#                         twice: a third of the memory of activations or less, 1.4 times the time
 fsdp = False              # shard weights and optimizer state over the processes (FSDP2)
 
 import math
@@ -76,7 +82,9 @@ from training.checkpoint import (
     SHAPE, find_checkpoint, incompatible_as_user_error, is_finished, restore_model,
     save_checkpoint, steps_to_keep)
 from training.context import GracefulStop, end_together, init_context, resume_command
-from training.estimate import avoidable_errors, fit_micro_batch, new_model, print_plan
+from training.estimate import (
+    avoidable_errors, choose_settings, fit_micro_batch, new_model, print_plan)
+from training.lora import merged_weights
 from training.optim import configure_optimizers, load_optimizer_state, lr_factor
 from training.progress import Progress
 from training.runlog import RunLog, visible
@@ -219,7 +227,10 @@ class Trainer:
         """Log the val loss and print samples; save the model to best/ if the loss is the lowest."""
         with self.progress.timer.paused():
             self.model.eval()  # no dropout
-            self.scores, self.evaluated = self.data.scores(self.val_loss()), self.step
+            self.scores, self.evaluated = self.data.scores(self.val_loss(self.data)), self.step
+            if self.data.base:  # fine-tuning: what it forgets
+                base = self.data.base
+                self.scores["base_bpc"] = base.scores(self.val_loss(base))["bpc"]
             loss = self.scores["val_loss"]
             if not math.isfinite(loss):
                 raise UserError(f"val loss after step {self.step} is {loss}: lower learning_rate "
@@ -235,10 +246,10 @@ class Trainer:
                 self.print_samples()
             self.model.train()
 
-    def val_loss(self):
-        """Return the mean loss over the val tokens in nats; each rank evaluates its share."""
+    def val_loss(self, data):
+        """Return the mean loss over data's val tokens in nats; each rank evaluates its share."""
         ctx, sums = self.ctx, torch.zeros(2, dtype=torch.float64)
-        for batch in ctx.share(self.data.val_batches()):
+        for batch in ctx.share(data.val_batches()):
             with ctx.autocast():
                 loss_sum, n = self.model(*(to_device(t, ctx.device) for t in batch))
             sums += torch.tensor([loss_sum.item(), n.item()])
@@ -281,6 +292,7 @@ class Trainer:
         return dict(data=self.data.bins.fingerprint(), model=asdict(self.model.config),
                     tokenizer=self.data.tokenizer.fingerprint, device=str(ctx.device),
                     dtype=str(ctx.dtype), processes=ctx.world_size,
+                    row_length=self.data.row_length,
                     launches=sorted(ctx.launches), **more)
 
     def save_checkpoint(self):
@@ -288,20 +300,23 @@ class Trainer:
         with self.progress.timer.paused():
             if self.progress.losses:
                 self.progress.mean_loss(self.step)  # refuses a loss that is not finite
+            trained = {name: p.detach() for name, p in self.model.named_parameters()
+                       if p.requires_grad}  # all; with adapters (training/lora.py) these
             state = self.ctx.gather(dict(
-                model=self.model.state_dict(),
+                model=trained,
                 optimizers=[opt.state_dict() for opt in self.optimizers]))
             if self.ctx.is_main:
                 save_checkpoint(self.cfg, state | dict(
                     step=self.step, best=self.best, scores=self.scores, evaluated=self.evaluated,
                     losses=[loss.item() for loss in self.progress.losses],  # since the last log
-                    cfg=vars(self.cfg), kind=self.kind, data=self.data.bins.fingerprint(),
+                    cfg=vars(self.cfg), kind=self.kind, lora=self.model.lora,
+                    data=self.data.bins.fingerprint(), row_length=self.data.row_length,
                     scaler=self.scaler.state_dict(), model_config=asdict(self.model.config)))
             self.saved = self.step
 
     def save_model(self, name):
         """Save the model to best/ or final/."""
-        weights = self.ctx.gather(self.model.state_dict())
+        weights = self.ctx.gather(merged_weights(self.model))
         if self.ctx.is_main:
             save_model(self.runlog.path / name, self.model, weights, self.data.tokenizer,
                        self.kind, dict(step=self.step) | self.scores)
@@ -335,15 +350,17 @@ class Trainer:
 
 # ---- starting ----
 
-def check_settings(cfg, words):
+def check_settings(cfg, words, ranges=RANGES):
     """Validate the settings before anything is loaded."""
     if words:
         raise UserError(f"'{words[0]}' is neither a config file (.py) nor a setting (--name=value)")
-    check_ranges(cfg, RANGES)
+    check_ranges(cfg, ranges)
     steps_to_keep(cfg)
     for name in ("out_dir", "dataset", "init_from"):
         if not getattr(cfg, name).strip() or "\0" in getattr(cfg, name):
             raise UserError(f"{name}={getattr(cfg, name)!r} names nothing")
+    if cfg.size not in ("", "auto"):
+        raise UserError(f"size={cfg.size} is neither empty nor auto")
     if cfg.optimizer not in ("adamw", "muon"):
         raise UserError(f"optimizer={cfg.optimizer} is neither adamw nor muon")
     for name, package in (("wandb_log", "wandb"), ("tensorboard", "tensorboard")):
@@ -362,6 +379,8 @@ def train(cfg, make_model, make_data, kind):
         prepare_demo(cfg.dataset)
     ctx.max(0)  # the other processes wait here for the main one
     bins = open_sets(cfg.dataset)
+    if cfg.size:
+        choose_settings(cfg, kind, bins)
     checkpoint = find_checkpoint(cfg, bins, ctx)
     step = checkpoint["step"] if checkpoint else 0
     if ctx.max(ctx.is_main and is_finished(cfg, step)):
@@ -370,9 +389,11 @@ def train(cfg, make_model, make_data, kind):
         return False
     torch.manual_seed(cfg.seed)  # of the initial weights
     model = restore_model(cfg, checkpoint) if checkpoint else make_model(cfg, bins)
-    cfg.block_size = model.config.block_size  # sft.py has that of its base model
+    cfg.block_size = cfg.block_size or model.config.block_size  # 0 in sft.py
     data = make_data(bins, cfg)
     with avoidable_errors(cfg, ctx):
+        model.recompute = cfg.recompute
+        ctx.store_frozen(model)
         print_plan(cfg, ctx, model, data, step)
         model.to(ctx.device)
         if cfg.compile:

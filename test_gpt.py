@@ -32,6 +32,14 @@ SHAPES = {
                           n_kv_head=2, head_dim=16, n_embd=48, rope_theta=1e6),
     "qwen3 untied": dict(arch="qwen3", vocab_size=384, block_size=32, n_layer=1, n_head=2,
                          n_kv_head=1, n_embd=64, n_inner=96, tie=False),
+    "qwen2": dict(arch="qwen3", qkv_bias=True, qk_norm=False, vocab_size=250, n_layer=2, n_head=6,
+                  padded_vocab_size=256, block_size=48, n_kv_head=2, head_dim=8, n_embd=36),
+    "qwen2 untied": dict(arch="qwen3", qkv_bias=True, qk_norm=False, vocab_size=256, n_layer=2,
+                         block_size=48, n_head=4, n_embd=48, rope_theta=1e6, tie=False),
+    "llama": dict(arch="qwen3", qk_norm=False, vocab_size=250, padded_vocab_size=256, n_layer=2,
+                  block_size=48, n_head=4, n_kv_head=2, head_dim=16, n_embd=48, rope_theta=1e5),
+    "llama untied": dict(arch="qwen3", qk_norm=False, vocab_size=256, block_size=48, n_layer=3,
+                         n_head=3, n_kv_head=1, n_embd=48, n_inner=80, norm_eps=1e-6, tie=False),
 }
 both = pytest.mark.parametrize("arch", ["gpt2", "qwen3 grouped"])
 
@@ -67,7 +75,7 @@ def test_logits_equal_those_of_transformers(shape, tmp_path):
     torch.testing.assert_close(ours, want, rtol=0, atol=1e-4)
 
 
-@both
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3 grouped", "qwen2", "llama"])
 def test_greedy_tokens_equal_those_of_transformers(arch, tmp_path):
     from transformers import AutoModelForCausalLM
     model = make(arch, block_size=128, vocab_size=256)
@@ -109,8 +117,53 @@ def test_a_model_made_by_transformers_loads(tmp_path):
             torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+def test_models_of_any_shape_that_transformers_made_have_its_logits(kind, tmp_path):
+    import transformers
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    @settings(max_examples=10, deadline=None)
+    @given(st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3), (4, 4)]), st.sampled_from([2, 8, 14]),
+           st.integers(1, 3), st.booleans(), st.sampled_from([1e-6, 1e-5]),
+           st.sampled_from([1e4, 1e5, 1e6]), st.booleans(), st.integers(0, 9))
+    def law(heads, head_dim, n_layer, tie, eps, theta, explicit, seed):
+        n_head, n_kv_head = heads
+        width = 5 * n_head if explicit else head_dim * n_head
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=99, hidden_size=width, intermediate_size=40, num_attention_heads=n_head,
+            num_hidden_layers=n_layer, num_key_value_heads=n_kv_head, max_position_embeddings=32,
+            rms_norm_eps=eps, rope_parameters=dict(rope_type="default", rope_theta=theta),
+            tie_word_embeddings=tie, **dict(head_dim=head_dim) if explicit else {})
+        torch.manual_seed(seed)
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        for p in theirs.parameters():
+            p.data = torch.randn_like(p) * 0.3
+        theirs.save_pretrained(tmp_path)
+        ours = from_pretrained(tmp_path).eval()
+        ids = random_ids(ours, 2, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        save_pretrained(ours, tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+        assert saved["architectures"] == [f"{kind}ForCausalLM"]
+    law()
+
+
+def test_a_shape_of_no_known_format_is_refused():
+    with pytest.raises(ValueError, match="qkv_bias .*and qk_norm .*: switch one off"):
+        GPTConfig(arch="qwen3", qkv_bias=True)
+    gpt2 = GPTConfig(bias=False, qkv_bias=True)  # follows bias
+    assert not gpt2.qkv_bias and not gpt2.qk_norm
+
+
 @pytest.mark.parametrize("change, what", [
-    (dict(model_type="llama"), "llama"), (dict(attention_bias=True), "attention_bias"),
+    (dict(model_type="opt"), "opt"), (dict(attention_bias=True), "attention_bias"),
+    (dict(model_type="llama", mlp_bias=True), "mlp_bias"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
+    (dict(rope_scaling=dict(type="linear")), "linear"),
+    (dict(model_type="llama", rope_parameters=dict(rope_type="llama3")), "llama3"),
+    (dict(model_type="qwen2"), "missing"), (dict(model_type="llama"), "unknown"),
     (dict(use_sliding_window=True), "use_sliding_window"), (dict(hidden_size=64), "shape"),
     (dict(rope_parameters=dict(rope_type="yarn")), "yarn"),
     (dict(rope_scaling=dict(rope_type="yarn")), "yarn"),
@@ -322,13 +375,33 @@ def test_a_loaded_model_has_the_dropout_that_is_asked_for(tmp_path):
         assert drops == [asked] * (1 + len(model.blocks)) and model.config.dropout == asked
 
 
+# ---- recomputed activations ----
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3 grouped", "qwen2"])
+def test_recomputed_activations_give_the_same_gradients(arch, dtype):
+    model = make(arch, dropout=0.25).train()
+    ids, targets = random_ids(model, 2, 24), random_ids(model, 2, 24, seed=1)
+    doc_ids = (torch.arange(24) // 9).expand(2, -1)
+    gradients = []
+    for model.recompute in (False, True):
+        torch.manual_seed(5)  # of dropout
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss, _ = model(ids, targets, doc_ids)
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()] + [loss.detach(), torch.rand(9)])
+        model.zero_grad(set_to_none=True)
+    assert all(map(torch.equal, *gradients))
+
+
 # ---- torch.compile ----
 
 @pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
                     reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("arch", ["qwen3 grouped",
-                                  pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(arch):
+@pytest.mark.parametrize("arch, recompute", [
+    ("qwen3 grouped", False), pytest.param("gpt2", False, marks=pytest.mark.slow),
+    pytest.param("qwen2", True, marks=pytest.mark.slow)])
+def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(arch, recompute):
     model = make(arch, n_layer=1)
     ids, targets = random_ids(model, 2, 24), random_ids(model, 2, 24, seed=1)
     targets[0, :9] = -1
@@ -339,6 +412,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_plain_one(arch):
         (loss / n).backward()
         return loss.detach(), [p.grad for p in model.parameters()]
     plain_loss, plain = step()
+    model.recompute = recompute
     model.compile_parts()
     loss, gradients = step()
     torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)

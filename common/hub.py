@@ -1,4 +1,5 @@
-"""The Hugging Face hub, or the mirror in HF_ENDPOINT: files from it, or from its cache."""
+"""Models and tokenizers from the Hugging Face hub or the mirror in HF_ENDPOINT, or from its cache.
+(Data sets: corpus/hub.py.)"""
 import os
 import threading
 from pathlib import Path

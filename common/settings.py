@@ -20,6 +20,12 @@ from common.command_line import UserError
 HOME = re.compile(rf"^(FILE:)?~(?=[/{re.escape(os.sep)}])")  # FILE: is in front of a path
 
 
+class Settings(types.SimpleNamespace):
+    """The settings of a run. .given: names of those that a config file or the command line set; it
+    is not among vars()."""
+    __slots__ = ("given",)
+
+
 def read_settings(script):
     """Return a script's settings, which stand before its first import, in order:
     {name: (default, comment, section)}."""
@@ -42,7 +48,7 @@ def read_settings(script):
 
 
 def configure(script, argv=None, base=None, fixed=(), files=True):
-    """Return (namespace of the settings, the other words of argv).
+    """Return (Settings, the other words of argv).
 
     The defaults of `script` override those of `base`; config files among argv (words ending in .py;
     none with files=False) override these, then --name=value or --name value. -h or --help prints
@@ -56,14 +62,17 @@ def configure(script, argv=None, base=None, fixed=(), files=True):
     settings = {name: value for name, value in settings.items() if name not in fixed}
     cfg = {name: value for name, (value, _, _) in settings.items()}
     words, texts = _split_arguments([a for a in argv if a not in ("-h", "--help")], cfg, fixed)
+    given = {}
     for path in [w for w in words if files and w.endswith(".py")]:
         words.remove(path)
-        _apply_file(cfg, fixed, path)
-    cfg |= {name: _parse(name, text, cfg[name]) for name, text in texts}
+        given |= _read_file(cfg, fixed, path)
+    given |= {name: _parse(name, text, cfg[name]) for name, text in texts}
     if "-h" in argv or "--help" in argv:
-        _print_help(script, settings, cfg)
+        _print_help(script, settings, cfg | given)
         sys.exit(0)
-    return types.SimpleNamespace(**cfg), words
+    result = Settings(**cfg | given)
+    result.given = frozenset(given)
+    return result, words
 
 
 def _split_arguments(argv, cfg, fixed):
@@ -87,18 +96,20 @@ def _expand_home(text):
     return HOME.sub(lambda m: (m[1] or "") + os.path.expanduser("~"), text)
 
 
-def _apply_file(cfg, fixed, path):
+def _read_file(cfg, fixed, path):
     if not Path(path).is_file():
         raise UserError(f"no config file {path}")
     try:
         values = runpy.run_path(path)
     except (Exception, SystemExit) as e:  # the config file is the user's code
         raise UserError(f"{path}: {type(e).__name__}: {e}") from e
+    given = {}
     for name, value in values.items():
         if name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
             continue
         _check_name(cfg, fixed, name, f"{path}: ")
-        cfg[name] = _typed(name, value, cfg[name], f"{path}: ")
+        given[name] = _typed(name, value, cfg[name], f"{path}: ")
+    return given
 
 
 def _check_name(cfg, fixed, name, where):

@@ -284,14 +284,19 @@ def arrow_rows(name, stream, kind):
         else:
             batches = pa.ipc.open_stream(stream)
         for batch in batches:
-            for i in range(batch.num_rows):
+            for row in converted(batch):
                 number += 1
-                try:
-                    row = batch.slice(i, 1)
-                    row.validate(full=True)  # a damaged one would crash the process
-                    row = row.to_pylist()[0]
-                except (ValueError, OverflowError, LookupError):  # not UTF-8, a year past 9999
-                    row = Dropped("bad row", "a bad row: can't be converted")
                 yield f"{name}: row {number}", row
     except (pa.ArrowException, *READ_ERRORS, ValueError) as e:
         yield f"{name}: row {number + 1}", unreadable(e)
+
+
+def converted(batch):
+    """Return the rows of an Arrow batch, one by one if they can't be converted together."""
+    try:
+        batch.validate(full=True)  # a damaged one would crash the process
+        return batch.to_pylist()
+    except (ValueError, OverflowError, LookupError):  # not UTF-8, a year past 9999
+        if batch.num_rows == 1:
+            return [Dropped("bad row", "a bad row: can't be converted")]
+        return [row for i in range(batch.num_rows) for row in converted(batch.slice(i, 1))]

@@ -67,12 +67,12 @@ def record_text(record, field=""):
                    f"{field or ' or '.join(TEXT_KEYS)} ({keys}; set the key with --field)")
 
 
-def read_text(name, stream, field="", lines=False):
+def read_text(name, stream, field="", lines=False, document_of=record_text):
     """Yield a document for each record of a file of records, whatever its name; for another file
     its whole text, or with lines a document for each line that is not blank."""
     if suffix(name) in RECORDS or form_of(name, head_of(stream)) != "text":
         for place, record in records(name, stream):
-            yield place, record_text(record, field)
+            yield place, document_of(record, field)
     elif lines:
         for number, line in enumerate(read_lines(decoded(stream)), 1):
             if line.strip():
@@ -199,6 +199,14 @@ def read_thucnews(name, stream, field="", lines=False):
 
 # ---- the sources ----
 
+def read_chinese_chat(name, stream, **options):
+    """Yield what read_chat does, but a Dropped for a dialogue without a Chinese character."""
+    for place, dialogue in read_chat(name, stream, **options):
+        chinese = isinstance(dialogue, Dropped) or any(
+            re.search("[\u4e00-\u9fff]", message["content"]) for message in dialogue)
+        yield place, dialogue if chinese else Dropped("no Chinese")
+
+
 @dataclass
 class Source:
     """A kind of raw data that prepare.py knows by name."""
@@ -206,7 +214,13 @@ class Source:
     read: Callable      # (name, stream, **options) -> (place, document) of each
     endings: tuple      # suffixes of its files; "wiki" = names like wiki_00
     what: str           # description of the files that belong in data/raw/<source>/
-    hub: tuple = ()     # (dataset, file) to download if data/raw/<source>/ is empty
+    hub: tuple = ()     # (ids, files) to download, as corpus.hub.download takes them
+
+    def is_missing(self, folder):
+        """Return whether folder is empty, or holds some of the hub's files only: a download that
+        was interrupted."""
+        names = {n for n in os.listdir(folder) if n[0] != "."} if folder.is_dir() else set()
+        return not names or bool(self.hub) and names < set(map(os.path.basename, self.hub[1]))
 
     def wanted(self, name):
         """Return whether a file of this name in a folder is read."""
@@ -219,8 +233,16 @@ class Source:
         return read_each(files, self.wanted, partial(self.read, **options))
 
 
-WIKI_HUB = ("pleisto/wikipedia-cn-20230720-filtered", "wikipedia-cn-20230720-filtered.json")
-BELLE_HUB = ("BelleGroup/multiturn_chat_0.8M", "multiturn_chat_0.8M.json")
+WIKI_HUB = (("pleisto/wikipedia-cn-20230720-filtered",
+             "AI-ModelScope/wikipedia-cn-20230720-filtered"),
+            ("wikipedia-cn-20230720-filtered.json",))
+BELLE_HUB = (("BelleGroup/multiturn_chat_0.8M",), ("multiturn_chat_0.8M.json",))
+BLOSSOM_HUB = (("Azure99/blossom-chat-v2",), ("blossom-chat-v2-30k.json",))
+STORIES_HUB = (("RobinChen2001/TinyStories-Zh-2M",),
+               [f"data/train-{i:05}-of-00003.parquet" for i in range(3)])
+# Some of the 9,745 files of the best grade, whose numbers have gaps.
+FINEWEB_HUB = (("opencsg/Fineweb-Edu-Chinese-V2.1",), [f"4_5/{i:06}.parquet" for i in (
+    0, 1, 2, 4, 5, 10, 11, 12, 14, 18, 19, 21, 40, 45, 114)])
 SOURCES = {
     "wiki": Source("text", read_wiki, (*RECORDS, ".xml", "wiki"), "wiki_zh_2019 (AA/, AB/, ...), a "
                    "dump (zhwiki-*-pages-articles.xml.bz2) or WikiExtractor's output", WIKI_HUB),
@@ -228,10 +250,15 @@ SOURCES = {
                        "THUCNews' category folders, or files of category<TAB>text lines"),
     "text": Source("text", read_text, (".txt", ".md", *MARKUP, *RECORDS),
                    ".txt files, or .jsonl .json .csv .parquet .arrow with a text in each record"),
+    "tinystories": Source("text", read_text, RECORDS, "the parquet files of TinyStories-Zh-2M",
+                          STORIES_HUB),
+    "fineweb": Source("text", read_text, RECORDS, "parquet files of Fineweb-Edu-Chinese-V2.1",
+                      FINEWEB_HUB),
     "chat": Source("chat", read_chat, RECORDS, "dialogues or questions and answers in .jsonl .json "
                    ".csv .parquet .arrow, the format detected"),
     "belle": Source("chat", read_chat, RECORDS, "Belle's multiturn_chat_0.8M.json, "
                     "train_0.5M_CN.json or train_3.5M_CN.json", BELLE_HUB),
+    "blossom": Source("chat", read_chinese_chat, RECORDS, "blossom-chat-v2-30k.json", BLOSSOM_HUB),
     "webqa": Source("chat", read_chat, RECORDS, "WebQA's me_train.json and me_validation.ann.json"),
     "dureader": Source("chat", read_chat, RECORDS, "DuReader's search.train.json and "
                        "zhidao.train.json, or train.csv with question and answer columns"),

@@ -137,13 +137,33 @@ def contains_key(answers, keys):
     return right, chance
 
 
-def character_f1(answer, references):
-    """Return the F1 of the characters of an answer and the reference that is nearest to it, as in
-    SQuAD (arXiv:1606.05250) that of words; punctuation and spaces do not count."""
-    def f1(reference):
-        a, b = (Counter(re.sub(r"[\W_]", "", text)) for text in (answer, reference))
-        return 2 * (a & b).total() / max(1, a.total() + b.total())
-    return max(map(f1, references))
+def compare(answer, references):
+    """Return (exact match, character F1, ROUGE-L), each from 0 to 1, of an answer with the
+    reference that is nearest to it by that measure; punctuation and spaces do not count.
+
+    The F1 is that of SQuAD (arXiv:1606.05250), of characters for words. Exact match is that of
+    CMRC 2018 (arXiv:1810.07366), ROUGE-L that of DuReader (arXiv:1711.05073).
+    """
+    a, *others = (re.sub(r"[\W_]", "", text) for text in (answer, *references))
+    scores = [(float(a == b), character_f1(a, b), rouge_l(a, b)) for b in others]
+    return tuple(map(max, zip(*scores)))
+
+
+def character_f1(a, b):
+    """Return the F1 of the characters of two texts, in any order."""
+    return 2 * (Counter(a) & Counter(b)).total() / max(1, len(a) + len(b))
+
+
+def rouge_l(a, b, beta=1.2):
+    """Return the F of the longest common subsequence of characters of an answer and its reference;
+    recall counts beta times as much as precision."""
+    row = [0] * (len(b) + 1)  # row[j]: of the characters of a so far and of b[:j]
+    for x in a:
+        above = row[:]
+        for j, y in enumerate(b):
+            row[j + 1] = above[j] + 1 if x == y else max(above[j + 1], row[j])
+    p, r = row[-1] / max(1, len(a)), row[-1] / max(1, len(b))
+    return (1 + beta**2) * p * r / (r + beta**2 * p) if p else 0.0
 
 
 def mean_and_error(values):

@@ -42,6 +42,18 @@ def bits_per_byte(model, tok, texts, stride=0, batch_size=8):
         nats += model(*(t.to(device) for t in batch))[0].item()
     if not math.isfinite(nats):
         raise UserError("the model's loss is not finite; --dtype=float32 may help")
+    return per_unit(sizes, nats)
+
+
+def total_of(scores):
+    """Return the total of several results of bits_per_byte, in the same form."""
+    names = "documents", "tokens", "bytes", "characters"
+    sizes = {name: sum(score[name] for score in scores) for name in names}
+    return per_unit(sizes, sum(score["nats"] * score["tokens"] for score in scores))
+
+
+def per_unit(sizes, nats):
+    """Return sizes and the sum nats of the loss per token, and in bits per byte and character."""
     bits = nats / math.log(2)
     return dict(sizes, nats=nats / sizes["tokens"], bpb=bits / sizes["bytes"],
                 bpc=bits / sizes["characters"])

@@ -62,9 +62,10 @@ def newest_model(kind, root="out"):
 def tokens_of(run, models):
     """Return the tokens that a run's latest model trained on; nan if older files do not tell."""
     try:
-        sizes = [run["settings"][name] for name in (
-            "batch_size", "gradient_accumulation_steps", "block_size")]
-        return math.prod(sizes) * max(saved_value(model, "step") for model in models)
+        settings = run["settings"]
+        rows = settings["batch_size"] * settings["gradient_accumulation_steps"]
+        tokens = rows * run.get("row_length", settings["block_size"])  # of a step
+        return tokens * max(saved_value(model, "step") for model in models)
     except (KeyError, TypeError):
         return math.nan
 
@@ -182,9 +183,12 @@ def load_checkpoint(file, dropout=0.0):
         raise UserError(f"{file}: no such checkpoint")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint.get("lora"):
+            raise UserError(f"{file} holds adapters without their base; name best/ or final/ of "
+                            "its run")
         model, dataset = model_of_checkpoint(checkpoint, dropout), checkpoint["cfg"]["dataset"]
     except Exception as e:  # a damaged file raises almost anything
-        if is_out_of_memory(e) or isinstance(e, PermissionError):
+        if is_out_of_memory(e) or isinstance(e, (PermissionError, UserError)):
             raise
         raise UserError(f"{file} is damaged or no checkpoint of pretrain.py or sft.py "
                         f"({type(e).__name__}: {first_line(e)})") from e

@@ -21,7 +21,7 @@ SAMPLING = {
     "base": dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.2),
     "chat": dict(temperature=0.5, top_k=50, top_p=0.9, repetition_penalty=1.05)}
 
-# {arch, which is also its model_type: {our name of a setting: theirs}}
+# {model_type: {our name of a setting: theirs}}
 HF_NAMES = {
     "gpt2": dict(n_embd="n_embd", n_layer="n_layer", n_head="n_head", n_inner="n_inner",
                  block_size="n_positions", norm_eps="layer_norm_epsilon", bias="bias",
@@ -30,11 +30,21 @@ HF_NAMES = {
                   n_head="num_attention_heads", n_kv_head="num_key_value_heads",
                   head_dim="head_dim", block_size="max_position_embeddings",
                   norm_eps="rms_norm_eps", rope_theta="rope_theta", tie="tie_word_embeddings")}
+HF_NAMES |= dict(qwen2=HF_NAMES["qwen3"], llama=HF_NAMES["qwen3"])
 # Settings of theirs that gpt.py computes with one value only.
 HF_FIXED = {
     "gpt2": dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
                  add_cross_attention=False, tie_word_embeddings=True),
-    "qwen3": dict(hidden_act="silu", attention_bias=False, use_sliding_window=False)}
+    "qwen3": dict(hidden_act="silu", attention_bias=False, use_sliding_window=False),
+    "qwen2": dict(hidden_act="silu", use_sliding_window=False),
+    "llama": dict(hidden_act="silu", attention_bias=False, mlp_bias=False)}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
+           "llama": "LlamaForCausalLM"}  # {model_type: transformers' class}
+
+
+def model_type(c):
+    """Return the model_type of a GPTConfig: gpt2, qwen3, qwen2 (biases of q, k, v) or llama."""
+    return c.arch if c.arch == "gpt2" or c.qk_norm else "qwen2" if c.qkv_bias else "llama"
 
 
 # ---- names ----
@@ -43,13 +53,15 @@ def hf_names(c):
     """Yield pairs (their tensor, our tensors): theirs is ours concatenated on dimension 0."""
     if c.arch == "qwen3":
         parts = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
-        parts |= {f"self_attn.{n}": f"attn.{n}" for n in
-                  ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
+        qkv, norms = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm") * c.qk_norm
+        parts |= {f"self_attn.{n}": f"attn.{n}" for n in (*qkv, "o_proj", *norms)}
         parts |= {f"mlp.{n}": f"mlp.{n}" for n in ("gate_proj", "up_proj", "down_proj")}
+        parts = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in parts.items()}
+        parts |= {f"self_attn.{n}.bias": f"attn.{n}.bias" for n in qkv * c.qkv_bias}
         yield "model.embed_tokens.weight", ["wte.weight"]
         for i in range(c.n_layer):
             for theirs, ours in parts.items():
-                yield f"model.layers.{i}.{theirs}.weight", [f"blocks.{i}.{ours}.weight"]
+                yield f"model.layers.{i}.{theirs}", [f"blocks.{i}.{ours}"]
         yield "model.norm.weight", ["norm.weight"]
         if not c.tie:
             yield "lm_head.weight", ["lm_head.weight"]
@@ -74,15 +86,15 @@ def is_conv1d(name):
 def hf_config(c):
     """Return config.json of a GPTConfig. vocab_size is the rows of the embedding, as transformers
     has it; transformers ignores our own keys unpadded_vocab_size and bias."""
+    kind = model_type(c)
     config = dict(vocab_size=c.padded_vocab_size, unpadded_vocab_size=c.vocab_size,
-                  model_type=c.arch, **HF_FIXED[c.arch])
-    config |= {theirs: getattr(c, ours) for ours, theirs in HF_NAMES[c.arch].items()}
+                  model_type=kind, architectures=[CLASSES[kind]], **HF_FIXED[kind])
+    config |= {theirs: getattr(c, ours) for ours, theirs in HF_NAMES[kind].items()}
     if c.arch == "qwen3":
-        return config | dict(
-            architectures=["Qwen3ForCausalLM"], attention_dropout=0.0,
-            rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta))
-    return config | dict(architectures=["GPT2LMHeadModel"], n_ctx=c.block_size,
-                         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0)
+        return config | dict(attention_dropout=0.0, rope_parameters=dict(
+            rope_type="default", rope_theta=c.rope_theta))
+    return config | dict(n_ctx=c.block_size, resid_pdrop=c.dropout, embd_pdrop=c.dropout,
+                         attn_pdrop=0.0)
 
 
 # ---- writing ----

@@ -1,4 +1,4 @@
-"""Read a model folder of GPT-2 or Qwen3 architecture in Hugging Face's format.
+"""Read a model folder of GPT-2, Qwen3, Qwen2 or Llama architecture in Hugging Face's format.
 
     model = from_pretrained("out/x/final")       # ours, or one of the hub
 """
@@ -20,7 +20,9 @@ DOWNLOADED = ["config.json", "generation_config.json", "*.safetensors", "tokeniz
 # transformers' value of a setting that a config.json leaves out; the others must be there.
 HF_DEFAULTS = {
     "gpt2": dict(n_inner=0, block_size=1024, norm_eps=1e-5, bias=True, activation="gelu_new"),
-    "qwen3": dict(head_dim=128, rope_theta=10000.0, tie=False)}
+    "qwen3": dict(head_dim=128, rope_theta=10000.0, tie=False),
+    "qwen2": dict(head_dim=0, rope_theta=10000.0, tie=False),
+    "llama": dict(head_dim=0, rope_theta=10000.0, tie=False, n_kv_head=0)}
 
 
 def download_model(hub_id):
@@ -30,7 +32,7 @@ def download_model(hub_id):
 
 
 def from_pretrained(path, dropout=0.0):
-    """Read a model folder or hub id of GPT-2 or Qwen3 architecture, as float32 on the CPU.
+    """Read a model folder or hub id of one of HF_NAMES' architectures, as float32 on the CPU.
 
     ValueError: another architecture, a feature that gpt.py does not compute, tensors missing, extra
     or misshapen. OSError: no such file, no network.
@@ -129,9 +131,10 @@ def load_hf_tensors(model, tensors, source):
 def read_hf_config(h):
     """Return the GPTConfig of a config.json (a dict); ValueError for what gpt.py does not compute.
     """
-    arch, rows = h.get("model_type"), h.get("vocab_size")
-    if arch not in HF_NAMES:
-        raise ValueError(f"model_type is {arch!r}; supported are 'gpt2' and 'qwen3'")
+    kind, rows = h.get("model_type"), h.get("vocab_size")
+    if kind not in HF_NAMES:
+        raise ValueError(f"model_type is {kind!r}; supported are {', '.join(HF_NAMES)}")
+    arch = "gpt2" if kind == "gpt2" else "qwen3"
     if "n_ctx" in h:
         h = dict(n_positions=h["n_ctx"]) | h
     for key in ("rope_scaling", "rope_parameters") if arch == "qwen3" else ():
@@ -140,13 +143,16 @@ def read_hf_config(h):
             raise ValueError(f"RoPE scaling {rope} is not supported")
         if "rope_theta" in rope:
             h = h | dict(rope_theta=rope["rope_theta"])
-    for key, need in HF_FIXED[arch].items():
+    if other := set(h.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"layer_types {min(other)!r} is not supported, only full_attention is")
+    for key, need in HF_FIXED[kind].items():
         if h.get(key, need) != need:
             raise ValueError(f"{key}={h[key]!r} is not supported, only {need!r} is")
-    settings = HF_DEFAULTS[arch] | {
-        ours: h[theirs] for ours, theirs in HF_NAMES[arch].items()
-        if h.get(theirs) is not None or ours not in HF_DEFAULTS[arch]}
-    if arch == "qwen3":
-        settings["rope_theta"] = float(settings["rope_theta"])  # some files write 1000000
+    settings = HF_DEFAULTS[kind] | {
+        ours: h[theirs] for ours, theirs in HF_NAMES[kind].items()
+        if h.get(theirs) is not None or ours not in HF_DEFAULTS[kind]}
+    if arch == "qwen3":  # some files write 1000000
+        settings |= dict(rope_theta=float(settings["rope_theta"]), qkv_bias=kind == "qwen2",
+                         qk_norm=kind == "qwen3")
     return GPTConfig(arch=arch, padded_vocab_size=rows, **settings,  # n_ids: our older folders
                      vocab_size=h.get("unpadded_vocab_size", h.get("n_ids", 0)) or rows)

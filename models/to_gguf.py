@@ -20,7 +20,7 @@ from common.device import DTYPES
 from common.files import atomic_file
 from common.settings import configure
 from models.folders import is_checkpoint, load_model, read_generation_config
-from models.hf import hf_names, hf_tensor
+from models.hf import hf_names, hf_tensor, model_type
 from tokens.tokenizer import CHAT_TEMPLATE, QWEN_REGEX
 
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
@@ -36,12 +36,16 @@ def write_gguf(folder, file, dtype="float16"):
     model, tok = load_model(Path(folder).as_posix())
     if model.config.activation == "gelu" and model.config.arch == "gpt2":
         raise UserError(f"{folder} uses the exact GELU; llama.cpp has only the tanh approximation")
+    c = model.config
+    if model_type(c) == "qwen2" and c.n_head * c.head_dim != c.n_embd:
+        raise UserError(f"{folder}: llama.cpp computes Qwen2's shape only with head_dim "
+                        f"n_embd / n_head, not {c.head_dim}")
     if tok.fast is None:
         raise UserError(f"{folder}: llama.cpp does not know its tokenizer's splitting rule")
     if Path(file).exists() and not Path(file).is_file():
         raise UserError(f"{file} exists and is not a file")
-    with atomic_file(file) as f, closing(gguf.GGUFWriter(f.name, model.config.arch)) as writer:
-        add_shape(writer, model.config)
+    with atomic_file(file) as f, closing(gguf.GGUFWriter(f.name, model_type(c))) as writer:
+        add_shape(writer, c)
         add_tokenizer(writer, tok, *read_generation_config(folder))
         add_tensors(writer, model, tok.vocab_size, DTYPES[dtype])
         writer.write_header_to_file()
@@ -92,13 +96,17 @@ def add_tokenizer(writer, tok, sampling, ends):
 
 
 def add_tensors(writer, model, vocab_size, dtype):
-    """Add all weights in nn.Linear's layout, which llama.cpp uses for both architectures; vectors
-    stay float32."""
+    """Add all weights in nn.Linear's layout; vectors stay float32. llama.cpp rotates the pairs
+    (x[2i], x[2i + 1]) of q and k in Llama's architecture, so their rows are reordered there."""
     import gguf
     c, state = model.config, model.state_dict()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.arch.upper()], c.n_layer)
+    kind = model_type(c)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], c.n_layer)
     for theirs, ours in hf_names(c):
         tensor = hf_tensor(state, ours)  # with zero biases where ours are missing
+        if kind == "llama" and theirs.endswith(("q_proj.weight", "k_proj.weight")):
+            halves = tensor.view(-1, 2, c.head_dim // 2, c.n_embd)  # of each head
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
         if ours[0] in ("wte.weight", "lm_head.weight"):
             tensor = tensor[:vocab_size]  # llama.cpp would sample the padded rows
         tensor = tensor.to(dtype if tensor.dim() == 2 else torch.float32)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 from conftest import ENV, ROOT, one_line, run
 from test_scripts import TINY, curve, settings, train, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pretrain
 from common import device
@@ -47,12 +50,14 @@ def same_curve(a, b, rel=1e-5):
 
 # ---- many processes ----
 
-@pytest.mark.parametrize("words", [("--arch=gpt2",), ("--optimizer=muon", "--n_kv_head=1")])
-def test_a_sharded_run_equals_one_process_and_goes_on_in_it(words, place):
+@pytest.mark.parametrize("words, sharded", [
+    (["--arch=gpt2"], ["--fsdp"]),
+    (["--optimizer=muon", "--n_kv_head=1"], ["--fsdp", "--recompute"])])
+def test_a_sharded_run_equals_one_process_and_goes_on_in_it(words, sharded, place):
     words = [*TINY, *words, "--max_iters=12", "--log_interval=1"]
     done = run(place, "pretrain.py", *words, "--out_dir=out/one")
     assert done.returncode == 0, done.stderr
-    said = torchrun(place, 2, *words, "--fsdp", "--out_dir=out/two")
+    said = torchrun(place, 2, *words, *sharded, "--out_dir=out/two")
     assert "2 processes, sharded" in said
     same_curve(curve(place / "out/one"), curve(place / "out/two"), 1e-3)
     one, two = (from_pretrained(place / f"out/{n}/best") for n in ("one", "two"))
@@ -71,14 +76,15 @@ def test_a_sharded_run_equals_one_process_and_goes_on_in_it(words, place):
         same_curve(curve(place / "out/two")[-4:], curve(place / f"out/{name}")[-4:], 1e-3)
 
 
-def test_fine_tuning_in_two_processes_equals_one(base, place):
+@pytest.mark.parametrize("more", [[], ["--lora_rank=4"]])
+def test_fine_tuning_in_two_processes_equals_one(more, base, place):
     (place / "out").symlink_to(base / "out")
     words = ["--dataset=demo_chat", "--max_iters=10", "--eval_interval=5", "--batch_size=4",
              "--gradient_accumulation_steps=2", "--log_interval=1", "--checkpoint_interval=10",
-             f"--init_from={base / 'out/tiny/best'}", "--dtype=float32"]
+             f"--init_from={base / 'out/tiny/best'}", "--dtype=float32", *more]
     one, two = place / "one", place / "two"
     assert run(place, "sft.py", *words, f"--out_dir={one}").returncode == 0
-    torchrun(place, 2, *words, f"--out_dir={two}", script=ROOT / "sft.py")
+    torchrun(place, 2, *words, "--recompute", f"--out_dir={two}", script=ROOT / "sft.py")
     assert len(curve(one)) == 13
     same_curve(curve(one), curve(two))
 
@@ -175,7 +181,7 @@ def test_memory_that_runs_out_later_is_one_line_and_the_run_goes_on(place):
                  "pretrain.py: cpu is out of memory: halve batch_size=4 and double "
                  "gradient_accumulation_steps=2; the same command resumes from the last checkpoint")
         one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/c"),
-                 "pretrain.py: not even one row of block_size=32 fits in the memory of cpu")
+                 "pretrain.py: not even one row of 32 tokens fits in the memory of cpu")
     assert not (place / "out/c").exists()
     assert [f.stem for f in checkpoint_files(place / "out/b")] == ["ckpt_step_6", "ckpt_step_3"]
     assert "ckpt_step_6.pt" in train(place, "--out_dir=out/b").stdout
@@ -183,10 +189,11 @@ def test_memory_that_runs_out_later_is_one_line_and_the_run_goes_on(place):
     assert curve(place / "out/a") == curve(place / "out/b")
 
 
-@pytest.mark.parametrize("arch, n_kv_head", [("gpt2", 4), ("qwen3", 4), ("qwen3", 2)])
-def test_the_plan_knows_what_a_forward_keeps(arch, n_kv_head):
+@pytest.mark.parametrize("arch, n_kv_head, qk_norm", [
+    ("gpt2", 4, True), ("qwen3", 4, True), ("qwen3", 2, True), ("qwen3", 2, False)])
+def test_the_plan_knows_what_a_forward_keeps(arch, n_kv_head, qk_norm):
     config = GPTConfig(arch=arch, vocab_size=256, block_size=128, n_layer=3, n_head=4,
-                       n_kv_head=n_kv_head, n_embd=128)
+                       n_kv_head=n_kv_head, n_embd=128, qk_norm=qk_norm)
     model, ids, kept = GPT(config), torch.randint(256, (4, 128)), {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -198,6 +205,46 @@ def test_the_plan_knows_what_a_forward_keeps(arch, n_kv_head):
     real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
     planned = estimate.activation_bytes(config, ids.numel(), torch.float32)
     assert planned == pytest.approx(real, rel=0.1)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that still exist: now, and at most."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for t in tree_leaves(out):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, name, size):
+        self.known.remove(name)
+        self.now -= size
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_recomputing_takes_a_third_of_the_memory_and_the_plan_knows_it(arch):
+    config = GPTConfig(arch=arch, vocab_size=256, block_size=128, n_layer=12, n_head=4, n_embd=128)
+    model, ids, peaks = GPT(config), torch.randint(256, (4, 128)), []
+    for p in model.parameters():  # gradients are freed at once: they are counted elsewhere
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for model.recompute in (False, True):
+        with LiveBytes(model) as live:
+            model(ids, ids)[0].backward()
+        peaks.append(live.most)
+        planned = estimate.activation_bytes(config, ids.numel(), torch.float32, model.recompute)
+        planned += estimate.logits_bytes(model, ids.numel(), torch.float32)
+        assert planned == pytest.approx(live.most, rel=0.2)
+    assert peaks[1] < peaks[0] / 3
 
 
 def test_torch_compile_without_a_compiler_is_one_line(place, monkeypatch):
@@ -222,7 +269,8 @@ def test_a_batch_beyond_the_memory_of_a_cpu_is_never_tried(place, monkeypatch):
     monkeypatch.chdir(place)
     cfg, bins = settings("--batch_size=16"), Bins("demo", place / "data")
     model, rows, plain = pretrain.make_model(cfg, bins), [], GPT.forward
-    enough = sum(estimate.memory_plan(model, cfg, pretrain.init_context(cfg)).values())
+    enough = sum(estimate.memory_plan(model, cfg, pretrain.init_context(cfg),
+                                      cfg.block_size).values())
     monkeypatch.setattr(estimate, "main_memory", lambda: enough)
     monkeypatch.setattr(GPT, "forward", lambda self, ids, *more: rows.append(len(ids))
                         or plain(self, ids, *more))

@@ -1,4 +1,5 @@
 """Laws of eval.py: it measures what training logs, and counts everything that it reads."""
+import itertools
 import json
 import math
 import random
@@ -81,7 +82,7 @@ def test_bits_per_byte_equal_the_training_log(place, output, monkeypatch):
     monkeypatch.chdir(place)
     model, tok = load_model("out/x/final")
     with torch.no_grad():
-        docs = evaluation.texts_to_score("demo", Counter())
+        docs = [text for _, text in evaluation.texts_to_score("demo", Counter())]
         scores = bits_per_byte(model.eval(), tok, docs, batch_size=3)
     for ours, theirs in (("nats", "val_loss"), ("bpb", "bpb"), ("bpc", "bpc")):
         assert scores[ours] == pytest.approx(logged[theirs], rel=1e-6)
@@ -116,8 +117,8 @@ def test_a_set_is_encoded_anew_for_a_model_with_another_tokenizer(place, monkeyp
         f.write('{"other": 1}\n')
     dropped = Counter()
     with torch.no_grad():
-        one, two = (bits_per_byte(model, tok, evaluation.texts_to_score(name, dropped))
-                    for name in ("demo", "val.jsonl"))
+        one, two = (bits_per_byte(model, tok, [t for _, t in evaluation.texts_to_score(
+            name, dropped)]) for name in ("demo", "val.jsonl"))
     split = Bins("demo").meta["splits"]["val"]
     assert one == two and one["bytes"] == split["bytes"] and one["tokens"] > split["tokens"]
     assert dropped.total() == 1 and "val.jsonl:199" in next(iter(dropped))
@@ -130,7 +131,7 @@ def test_a_file_is_cleaned_as_prepare_cleans_it(tiny, tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(lines), encoding="ascii")
     (tmp_path / "bad.txt").write_bytes("长江是一条很长的河。\n".encode() * 50 + b"\xe9\x95\n")
     skipped = Counter()
-    docs = list(evaluation.texts_to_score(str(tmp_path), skipped))
+    docs = [text for _, text in evaluation.texts_to_score(str(tmp_path), skipped)]
     assert docs == ["\n".join(["长江是一条很长的河。"] * 50), "水" + " " * 100 + "火", "😀"]
     assert [key.removeprefix(f"{tmp_path / 'x.jsonl'}:")[:15] for key in sorted(skipped)] == [
         "1: bad encoding", "3: empty", "undecodable lin"] and set(skipped.values()) == {1}
@@ -355,11 +356,46 @@ def test_facts_prints_what_is_right_and_chance_in_three_chats(output, tmp_path, 
         *[["4", "25.00%", "±", "25.00%", "25.00%", "±", "8.33%"]] * 2]
 
 
-def test_the_f1_of_characters_is_that_of_the_nearest_reference():
-    f1 = chat_answers.character_f1
-    assert f1("长江，流进东海。", ["长江流进东海"]) == 1 and f1("", ["甲"]) == 0 == f1("。", ["！"])
-    assert f1("甲甲乙", ["甲丙"]) == pytest.approx(2 * 1 / 5)
-    assert f1("甲乙", ["丙", "甲丁", "乙甲"]) == 1
+def test_every_measure_is_that_of_the_nearest_reference():
+    compare = chat_answers.compare
+    assert compare("长江，流进东海。", ["长江流进东海"]) == (1, 1, 1) and compare("", ["甲"]) == (0, 0, 0)
+    assert compare("甲甲乙", ["甲丙"])[:2] == (0, pytest.approx(2 * 1 / 5))
+    exact, f1, rouge = compare("甲乙", ["丙", "甲丁", "乙甲"])
+    assert (exact, f1, rouge) == (0, 1, pytest.approx(0.5))  # one character in order
+
+
+def test_rouge_l_is_that_of_the_longest_common_subsequence():
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = ("".join(rng.choices("甲乙丙", k=rng.randrange(8))) for _ in range(2))
+        parts = {"".join(x) for n in range(len(a) + 1) for x in itertools.combinations(a, n)}
+        n = max(n for n in range(len(b) + 1)
+                if any("".join(x) in parts for x in itertools.combinations(b, n)))
+        p, r = n / max(1, len(a)), n / max(1, len(b))
+        want = (1 + 1.44) * p * r / (r + 1.44 * p) if n else 0
+        assert chat_answers.rouge_l(a, b) == pytest.approx(want)
+
+
+def test_bits_per_byte_by_a_key_are_those_of_each_group_and_add_up(output, tmp_path):
+    texts = {"wiki": ["长江是一条河。", "水是一种液体。" * 30], "-": ["春天的风。"], "news": ["红色的山。" * 9]}
+    lines = [json.dumps({"text": t} | ({"source": name} if name != "-" else {}))
+             for name, group in texts.items() for t in group]
+    for file, kept in ("0", lines[:2]), ("1", lines[2:3]), ("2", lines[3:]), ("all", lines):
+        (tmp_path / f"{file}.jsonl").write_text("\n".join(kept), encoding="utf-8")
+    words = ("--model=out/tiny/best", "--dtype=float32")
+    rows = {row[-1]: row[:4] for row in map(str.split, output(
+        "bpb", tmp_path / "all.jsonl", "--by=source", *words).splitlines()[2:5])}
+    for i, (name, group) in enumerate(texts.items()):
+        alone = output("bpb", tmp_path / f"{i}.jsonl", *words).splitlines()[-1]
+        assert rows[name] == [str(len(group)), *re.findall(r"\d+\.\d+", alone)]
+    total = output("bpb", tmp_path / "all.jsonl", "--by=source", *words).splitlines()[-2:]
+    n = {name: sum(len(t.encode()) for t in group) for name, group in texts.items()}
+    mean = sum(float(rows[name][2]) * n[name] for name in n) / sum(n.values())
+    assert "4 documents" in total[0] and float(total[1].split()[7]) == pytest.approx(mean, abs=1e-3)
+    for name, part in ((tmp_path / "all.jsonl", "has the key sorce; keys: text, source"),
+                       ("demo", "no records")):
+        with pytest.raises(UserError, match=part):
+            output("bpb", name, "--by=sorce", *words)
 
 
 def test_the_questions_of_a_set_come_with_all_its_answers(base):
@@ -385,14 +421,17 @@ def test_answers_are_compared_with_those_of_both_splits(output, monkeypatch):
                  chat_answers.known_questions(Bins("demo_chat"), "train", 10_000, 0))
     monkeypatch.setattr(evaluation, "greedy_answers", lambda model, tok, size, dialogues: [
         known.get(d[-1]["content"], "") for d in dialogues])
-    rows = [line.split(maxsplit=3) for line in output(
+    rows = [line.split(maxsplit=11) for line in output(
         "answers", "demo_chat", "--model=out/tiny/best").splitlines()[2:]]
     ways = "alone", "after 你好", "after two other turns", "请问 before it", "without its mark"
-    assert [row[3] for row in rows] == [
+    assert [row[11] for row in rows] == [
         f"{split}, {way}" for split in ("train", "val") for way in ways]
-    assert [row[:3] for row in rows[:3]] == [["60", "60", "1.000"]] * 3
+    assert [row[:11] for row in rows[:3]] == [["60", "60", *["100.00%", "±", "0.00%"] * 3]] * 3
     assert [row[:2] for row in rows[5:8]] == [["60", "0"]] * 3
     assert 0 < int(rows[3][1]) < 60 and int(rows[4][1]) < 60  # some begin with 请, some have no mark
+    for exact, f1, rouge, error in ((row[2], row[5], row[8], row[4]) for row in rows[3:4]):
+        p, n = float(exact[:-1]) / 100, int(rows[3][0])
+        assert exact == f1 == rouge and error == f"{standard_error(p, n):.2%}"
 
 
 def test_the_embedded_facts_are_asked_by_default():

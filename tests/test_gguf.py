@@ -32,7 +32,11 @@ TEXTS = ["数学是研究数量的科学。", "GPT-2 有1.5亿个参数，I'LL s
 SHAPES = {"gpt2": dict(arch="gpt2", n_head=4, n_inner=96),
           "gpt2 without biases": dict(arch="gpt2", n_head=4, bias=False),
           "qwen3": dict(arch="qwen3", n_head=4, n_kv_head=2, head_dim=32, rope_theta=1e6),
-          "qwen3 with its own head": dict(arch="qwen3", n_head=2, tie=False, norm_eps=1e-6)}
+          "qwen3 with its own head": dict(arch="qwen3", n_head=2, tie=False, norm_eps=1e-6),
+          "qwen2": dict(arch="qwen3", qkv_bias=True, qk_norm=False, n_head=4, n_kv_head=2,
+                        rope_theta=1e6),
+          "llama": dict(arch="qwen3", qk_norm=False, n_head=4, n_kv_head=2, head_dim=32),
+          "llama with its own head": dict(arch="qwen3", qk_norm=False, n_head=2, tie=False)}
 
 
 class Llama:
@@ -182,8 +186,10 @@ def test_errors_are_one_line_and_leave_no_file(own, tmp_path, monkeypatch):
     fails([tmp_path / "x.pt", file], "is a checkpoint")
     folder = random_folder(tmp_path, own, activation="gelu", **shape)
     fails([folder, file], "tanh")
-    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    fails([folder, file], "'llama'")
+    folder = random_folder(tmp_path, own, **SHAPES["qwen2"], head_dim=32)
+    fails([folder, file], "Qwen2's shape only with head_dim")
+    (folder / "config.json").write_text('{"model_type": "opt"}', encoding="utf-8")
+    fails([folder, file], "'opt'")
     folder = random_folder(tmp_path, own, **shape)
     fails([folder, file, "--dtype=int3"], "int3", "float16")
     fails([folder, tmp_path / "none/x.gguf"], "No such file")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import one_line, run, succeed
-from test_scripts import back_to_the_checkpoint_before, train, weights
+from test_scripts import TINY, back_to_the_checkpoint_before, train, weights
 
 from common.command_line import UserError
 from gpt import GPT, GPTConfig
@@ -55,9 +55,22 @@ def test_a_run_resumes_from_an_older_checkpoint(place):
     checkpoint = torch.load(file, weights_only=True)
     config = checkpoint["model_config"]
     config["n_ids"], config["vocab_size"] = config["vocab_size"], config.pop("padded_vocab_size")
+    for name in ("qkv_bias", "qk_norm"):
+        del config[name], checkpoint["cfg"][name]
     torch.save(checkpoint, file)
     assert "resuming from" in train(place, "--out_dir=older").stdout
     assert weights(place / "older") == weights(place / "newer")
+
+
+@pytest.mark.parametrize("words, kind", [
+    (["--qk_norm=False"], "Llama"), (["--qkv_bias", "--qk_norm=False"], "Qwen2")])
+def test_a_run_saves_the_shape_that_its_settings_name(words, kind, place):
+    train(place, *words, "--out_dir=out/x", "--max_iters=2")
+    config = json.loads((place / "out/x/final/config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == [f"{kind}ForCausalLM"]
+    one_line(run(place, "pretrain.py", *TINY, "--out_dir=out/x", "--max_iters=4"),
+             f"was made with {'qkv_bias=True' if kind == 'Qwen2' else 'qk_norm=False'}, not")
+    one_line(run(place, "pretrain.py", *TINY, "--qkv_bias", "--out_dir=out/y"), "switch one off")
 
 
 # ---- checkpoints ----

@@ -268,36 +268,50 @@ def test_an_ascii_terminal_shows_question_marks(here, tokenizer):
 # ---- the hub ----
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A hub with one file: .body, its .etag (None = none), .ranges: the first bytes asked for."""
+    """A hub with one file: .body, its .etag (None = none), .kind of its content, .ranges asked for
+    after the size. ModelScope's hub redirects to its storage."""
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
         pass
 
-    def do_HEAD(self):
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        start = start if self.server.with_ranges else 0
-        self.send_response(206 if start else 200)
-        for name, value in (("ETag", f'"{self.server.etag}"'), ("X-Repo-Commit", "a" * 40),
-                            ("Content-Length", len(self.server.body) - start)):
-            self.send_header(name, value)
+    def reply(self, status, body, **headers):
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": len(body)}).items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        return start
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def do_GET(self):
-        self.server.ranges.append(self.headers.get("Range", "bytes=0-"))
-        self.wfile.write(self.server.body[self.do_HEAD():])
+        hub, wanted = self.server, self.headers.get("Range", "bytes=0-").removeprefix("bytes=")
+        etag = {} if hub.etag is None else {
+            "X_Linked_Etag" if "master" in self.path else "ETag": f'"{hub.etag}"'}
+        if "master" in self.path:
+            return self.reply(302, b"moved", Location="/storage", **etag)
+        if self.command == "GET" and wanted != "0-0":
+            hub.ranges.append(wanted)
+        start, end = wanted.split("-")
+        part = hub.body[int(start):int(end or len(hub.body)) + 1] if hub.with_ranges else hub.body
+        more = {"Content_Range": f"bytes {start}-{end}/{len(hub.body)}"} if hub.with_ranges else {}
+        self.reply(206 if more else 200, part, Content_Type=hub.kind, X_Repo_Commit="a" * 40,
+                   **etag, **more)
+
+    do_HEAD = do_GET
 
 
-@pytest.fixture
-def server(here, monkeypatch):
+@pytest.fixture(params=["huggingface", "modelscope"])
+def server(request, here, monkeypatch):
     import huggingface_hub.constants
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.body, server.ranges, server.with_ranges = os.urandom(5000), [], True
-    server.etag = hashlib.sha256(server.body).hexdigest()
+    server.etag, server.kind = hashlib.sha256(server.body).hexdigest(), "application/octet-stream"
+    site = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HUB", request.param)
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"{site}/")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda dataset, file, repo_type: (
-        f"http://127.0.0.1:{server.server_port}/{dataset}/resolve/main/{file}"))
+        f"{site}/{dataset}/resolve/main/{file}"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -306,8 +320,8 @@ def server(here, monkeypatch):
 def download(server, part=b""):
     folder = Path("raw")
     folder.mkdir(exist_ok=True)
-    (folder / f".f.json.{server.etag[:16]}.part").write_bytes(part)
-    hub.download("a/b", "f.json", folder, "advice")
+    (folder / f".f.json.{(server.etag or str(len(server.body)))[:16]}.part").write_bytes(part)
+    hub.download(("a/b",), ("sub/f.json",), folder, "advice")
     return (folder / "f.json").read_bytes()
 
 
@@ -321,9 +335,11 @@ def test_any_part_of_an_earlier_start_ends_in_the_right_file(change, with_ranges
     assert not list((here / "raw").glob("*.part"))
 
 
-def test_a_good_part_is_continued(server):
+@pytest.mark.parametrize("has_hash", [True, False])
+def test_a_good_part_is_continued(has_hash, server):
+    server.etag = server.etag if has_hash else None
     assert download(server, server.body[:2000]) == server.body
-    assert server.ranges == ["bytes=2000-"]
+    assert server.ranges == ["2000-"]
 
 
 def test_content_that_contradicts_its_hash_is_never_accepted(server, here):
@@ -334,11 +350,46 @@ def test_content_that_contradicts_its_hash_is_never_accepted(server, here):
     assert not (here / "raw/f.json").exists() and not list((here / "raw").glob("*.part"))
 
 
-def test_without_a_sha256_the_size_decides(server):
-    server.etag = "0" * 40  # git's hash
+@pytest.mark.parametrize("etag", ["0" * 40, None])  # git's hash
+def test_without_a_sha256_the_size_decides_and_it_is_said(etag, server, here, capsys):
+    server.etag = etag
     for server.with_ranges in (True, False):
         for part in (b"", server.body[:2000], server.body + b"x"):
+            (here / "raw/f.json").unlink(missing_ok=True)
             assert download(server, part) == server.body
+            assert "f.json: the hub tells no sha256" in capsys.readouterr().out
+
+
+def test_of_several_files_only_those_that_are_not_there_are_downloaded(server, here):
+    files = [f"sub/{i}.json" for i in range(3)]
+    for there in ({}, {"1.json": b"x"}, {"0.json": b"x", "2.json": b"y"}):
+        shutil.rmtree("raw", ignore_errors=True)
+        Path("raw").mkdir()
+        for name, content in there.items():
+            Path("raw", name).write_bytes(content)
+        server.ranges.clear()
+        hub.download(("a/b",), files, "raw", "advice")
+        assert {p.name: p.read_bytes() for p in Path("raw").glob("*.json")} == {
+            Path(name).name: server.body for name in files} | there
+        assert server.ranges == ["0-"] * (3 - len(there))
+
+
+def test_what_is_no_file_of_a_known_hub_is_refused_in_one_line(server, here, monkeypatch):
+    server.kind = "text/html"
+    if os.environ["HUB"] == "modelscope":
+        with pytest.raises(UserError, match="/datasets/a/b/resolve/master/sub/f.json is a web"):
+            download(server)
+    monkeypatch.setenv("HUB", "modelscop")
+    with pytest.raises(UserError, match="HUB=modelscop is unknown; set it to modelscope"):
+        download(server)
+    assert not Path("raw/f.json").exists()
+
+
+def test_a_missing_package_is_named_before_the_download(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="needs pyarrow: pip install pyarrow"):
+        hub.download(("a/b",), ("f.parquet",), "raw", "advice")
+    assert not Path("raw").exists()
 
 
 def test_a_second_download_is_refused_while_the_first_runs(server, here, monkeypatch):

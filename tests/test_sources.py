@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ENV, ROOT, SHARED, one_line, run, run_process, start
+from conftest import ENV, ROOT, SHARED, one_line, run, run_process, start, succeed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import checked_counts, documents
@@ -381,7 +381,7 @@ def test_a_tokenizer_alone_serves_a_set(here):
 @given(st.lists(st.text(min_size=1, max_size=40), unique=True), st.integers(1, 300), st.randoms())
 @settings(max_examples=200, deadline=None)
 def test_a_training_sample_is_bounded_and_the_same_in_any_order(texts, most, rng):
-    rows, dropped = [("", prepare.digest(t.encode()), t) for t in texts], Counter()
+    rows, dropped = [("", prepare.digest(t), t) for t in texts], Counter()
     kept = prepare.sample_texts(rows, most, dropped)
     assert sum(map(len, kept)) <= most or len(kept) == 1
     assert len(kept) + dropped["not in the sample"] == len(texts)
@@ -407,10 +407,11 @@ def test_enough_is_held_out_of_a_small_set_whatever_the_order(here, tokenizer):
     for words in (["a.jsonl", "b.jsonl"], ["b.jsonl", "a.jsonl"]):
         prepare.main(["text", *words, "chat", "c.jsonl", tokenizer, "--name=x", "--min_chars=1"])
         val.append(texts("x", ["val"]))
-        assert len(val[-1]) == 20 and all("讲的是" in text for text in val[-1])  # no dialogue
+        assert all("讲的是" in text for text in val[-1])  # no dialogue
         splits, whole = Bins("x").meta["splits"], texts("x")
         assert splits["val"]["characters"] == sum(map(len, val[-1]))
-        assert len(whole) == len(set(whole)) == splits["train"]["documents"] + 20
+        assert len(whole) == len(set(whole)) == splits["train"]["documents"] + len(val[-1])
+        assert len(val[-1]) == len(whole) // 20
     assert sorted(val[0]) == sorted(val[1])
 
 
@@ -462,54 +463,127 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(here, tokenizer):
 # ---- the hub ----
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves one file, breaks off halfway the first time, and then is gone until .gone is False."""
-    protocol_version, body, gone, ranges = "HTTP/1.1", b"", False, []
+    """Serves .files {path: content}, as both hubs do; breaks off halfway in .fragile the first
+    time, and then is gone until .gone is False."""
+    protocol_version, files, fragile, gone, ranges = "HTTP/1.1", {}, "", False, []
 
     def log_message(self, *args):
         pass
 
-    def do_HEAD(self):
-        self.reply(0)
-
-    def reply(self, start):
+    def do_GET(self):
+        branch = "/resolve/main/" if "/resolve/main/" in self.path else "/resolve/master/"
+        path = self.path.removeprefix("/datasets/").replace(branch, "/")
+        if path not in Hub.files or Hub.gone:
+            return self.send_error(503 if Hub.gone else 404)
+        body = Hub.files[path]
+        start, end = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
+        start, end = int(start), int(end or len(body) - 1)
         self.send_response(206 if "Range" in self.headers else 200)
-        etag = hashlib.sha256(self.body).hexdigest()
-        for name, value in (("ETag", f'"{etag}"'), ("X-Repo-Commit", "a" * 40),
-                            ("Content-Length", len(self.body) - start)):
+        for name, value in (("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"'),
+                            ("X-Repo-Commit", "a" * 40), ("Content-Length", end + 1 - start),
+                            ("Content-Range", f"bytes {start}-{end}/{len(body)}")):
             self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD" or end == 0:
+            return self.wfile.write(body[:end + 1] if self.command == "GET" else b"")
+        Hub.ranges.append((path, start))
+        if path == Hub.fragile and not start:
+            Hub.gone = self.close_connection = True
+            body = body[:len(body) // 2]
+        self.wfile.write(body[start:])
 
-    def do_GET(self):
-        if "resolve" not in self.path or Hub.gone:
-            return self.send_error(404 if "resolve" not in self.path else 503)
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        Hub.ranges.append(start)
-        self.reply(start)
-        if start:
-            return self.wfile.write(self.body[start:])
-        self.wfile.write(self.body[:len(self.body) // 2])
-        self.wfile.flush()
-        Hub.gone, self.close_connection = True, True
+    do_HEAD = do_GET
 
 
-def test_a_wiki_comes_from_the_hub_and_goes_on_where_it_broke_off(here, tokenizer):
-    Hub.body = json.dumps([{"completion": f"第{i}篇文章，讲的是一件小事。", "source": "wikipedia"}
-                           for i in range(500)], ensure_ascii=False, indent=1).encode()
+def parquet(column, values):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    out = io.BytesIO()
+    pa.parquet.write_table(pa.table({column: values, "score": [0.8] * len(values)}), out)
+    return out.getvalue()
+
+
+def articles(part):
+    return [f"第{part}部分第{i}篇文章，讲的是一件小事。" for i in range(100)]
+
+
+def a_wiki():
+    return {"pleisto/wikipedia-cn-20230720-filtered/wikipedia-cn-20230720-filtered.json":
+            json.dumps([{"completion": text, "source": "wikipedia"} for text in articles(0)],
+                       ensure_ascii=False, indent=1).encode()}, 100, {}
+
+
+def stories():
+    return {f"RobinChen2001/TinyStories-Zh-2M/data/train-0000{part}-of-00003.parquet":
+            parquet("text", articles(part)) for part in range(3)}, 300, {}
+
+
+def a_part_of_fineweb():
+    numbers = (0, 1, 2, 4, 5, 10, 11, 12, 14, 18, 19, 21, 40, 45, 114)
+    return {f"opencsg/Fineweb-Edu-Chinese-V2.1/4_5/{i:06}.parquet":
+            parquet("text", articles(i)) for i in numbers}, 1500, {}
+
+
+def blossom():
+    rows = [[dict(role="user", content=f"{word} {i}?"), dict(role="assistant", content=word)]
+            for word in ("你好", "hello") for i in range(100)]
+    return {"Azure99/blossom-chat-v2/blossom-chat-v2-30k.json": json.dumps(
+        [dict(id=str(i), conversations=row) for i, row in enumerate(rows)]).encode()}, 100, {
+            "no Chinese": 100}
+
+
+@pytest.mark.parametrize("source,make,hub", [
+    ("wiki", a_wiki, "huggingface"), ("wiki", a_wiki, "modelscope"), ("blossom", blossom, ""),
+    ("tinystories", stories, "modelscope"), ("tinystories", stories, ""),
+    ("fineweb", a_part_of_fineweb, "modelscope")])
+def test_a_source_comes_from_the_hub_and_goes_on_where_it_broke_off(source, make, hub, here,
+                                                                    tokenizer):
+    Hub.files, written, dropped = make()
+    if hub == "modelscope":
+        Hub.files = {path.replace("pleisto", "AI-ModelScope"): content
+                     for path, content in Hub.files.items()}
+    paths = list(Hub.files)
+    Hub.fragile, Hub.gone, Hub.ranges = paths[len(paths) // 2], False, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    site = f"http://127.0.0.1:{server.server_port}"
     env = {k: v for k, v in ENV.items() if k != "HF_HUB_OFFLINE"} | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(here / "home")}
-    for attempt in (1, 2):
-        done = run_process(here, "prepare.py", "wiki", tokenizer, env=env)
-        if attempt == 1:
-            one_line(done, "can't be downloaded", "HF_ENDPOINT", "python prepare.py wiki PATH")
-            assert not (here / "data/raw/wiki/wikipedia-cn-20230720-filtered.json").exists()
-            Hub.gone = False
-    server.shutdown()
-    assert done.returncode == 0, done.stderr
-    assert Hub.ranges == [0, len(Hub.body) // 2]
-    assert counts_of("wiki", "wiki")["written"] == 500
-    one_line(run(here, "prepare.py", "belle", tokenizer), "can't be downloaded", "HF_ENDPOINT")
+        "HUB": hub, "HF_ENDPOINT": site, "MODELSCOPE_ENDPOINT": site, "HF_HOME": str(here / "home")}
+    try:
+        done = run_process(here, "prepare.py", source, tokenizer, env=env)
+        one_line(done, "can't be downloaded", "HF_ENDPOINT", f"python prepare.py {source} PATH")
+        raw = here / "data" / "raw" / source
+        assert not (raw / Path(Hub.fragile).name).exists() and not (here / "data" / source).exists()
+        Hub.gone = False
+        succeed(run_process(here, "prepare.py", source, tokenizer, env=env))
+    finally:
+        server.shutdown()
+    at = paths.index(Hub.fragile)
+    assert Hub.ranges == [(path, 0) for path in paths[:at + 1]] + [
+        (Hub.fragile, len(Hub.files[Hub.fragile]) // 2)] + [(path, 0) for path in paths[at + 1:]]
+    counts = counts_of(source, source)
+    assert (counts["written"], counts["dropped"]) == (written, dropped)
+    assert {p.name: p.read_bytes() for p in raw.glob("[!.]*")} == {
+        Path(path).name: content for path, content in Hub.files.items()}
+
+
+def test_without_a_hub_a_source_says_what_to_do(here, tokenizer):
+    for source in ("belle", "tinystories"):
+        one_line(run(here, "prepare.py", source, tokenizer), "can't be downloaded", "HF_ENDPOINT",
+                 "HUB to modelscope", f"python prepare.py {source} PATH")
+
+
+def test_own_files_are_never_taken_for_an_interrupted_download(here):
+    for source in SOURCES:
+        raw = here / "data" / "raw" / source
+        raw.mkdir(parents=True)
+        (raw / ".lock").touch()
+        assert SOURCES[source].is_missing(raw)
+        for name in map(os.path.basename, (SOURCES[source].hub or ("", ["a"]))[1]):
+            (raw / name).touch()
+        assert not SOURCES[source].is_missing(raw)
+        (raw / name).rename(raw / "mine.jsonl")
+        assert not SOURCES[source].is_missing(raw)
 
 
 # ---- bad input ----

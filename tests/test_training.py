@@ -35,7 +35,8 @@ each_optimizer = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 
 class GivenData:
     """What a Trainer reads: the same micro-batches at every step, the same batches to evaluate."""
-    tokenizer = None
+    tokenizer = base = None
+    row_length = 16
 
     def __init__(self, micros, val=()):
         self.micros, self.val = micros, val
@@ -125,20 +126,19 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_trained_tokens(arch
 
 def chat_data(demo, *words):
     cfg = configure(sft.__file__, ["--dataset=demo_chat", "--batch_size=2",
-                                   "--gradient_accumulation_steps=3", *words],
-                    base=pretrain.__file__, fixed=pretrain.SHAPE)[0]
-    cfg.block_size = 128
+                                   "--gradient_accumulation_steps=3", "--block_size=128", *words],
+                    base=pretrain.__file__, fixed=sft.FIXED)[0]
     return sft.ChatData(Bins("demo_chat", demo / "data"), cfg)
 
 
-def loss_of_answers(model, tok, dialogues):
-    """(sum of the loss, number) of answer tokens; each dialogue is read alone."""
+def loss_of_answers(model, windows):
+    """(sum of the loss, number) of the targets of windows (ids, targets); each is read alone."""
     total = n = 0
-    for ids in dialogues:
-        ids = torch.from_numpy(ids.astype(np.int64))
-        answers = torch.from_numpy(tok.loss_mask(ids.numpy()))[1:]
-        loss = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
-        total, n = total + loss[answers].sum(), n + int(answers.sum())
+    for ids, targets in windows:
+        ids, targets = torch.from_numpy(ids), torch.from_numpy(targets)[1:]
+        total += F.cross_entropy(model(ids[None, :-1])[0], targets, reduction="sum",
+                                 ignore_index=-1)
+        n += int((targets >= 0).sum())
     return total, n
 
 
@@ -146,7 +146,7 @@ def loss_of_answers(model, tok, dialogues):
 @pytest.mark.parametrize("multi_turn", [0, 1])
 def test_a_step_on_packed_dialogues_equals_the_dialogues_alone(multi_turn, arch, demo, tmp_path):
     data = chat_data(demo, f"--multi_turn={multi_turn}")
-    tok, step = data.tokenizer, len(data.steps) + 4  # of the second epoch
+    step = len(data.steps) + 4  # of the second epoch
     trainer = make_trainer(tmp_path, data, f"--arch={arch}", "--gradient_accumulation_steps=3",
                            vocab_size=4096, block_size=128)
     kept, trainer.step = keep_gradients(trainer), step
@@ -154,12 +154,13 @@ def test_a_step_on_packed_dialogues_equals_the_dialogues_alone(multi_turn, arch,
     rows = data.steps[data.order.at(step)[0]]
     assert len(rows) == 6
     if multi_turn:  # a row is one conversation
-        dialogues = [np.append(data.packed_row("train", n, 1)[0], tok.eot) for n in rows]
+        windows = [data.packed_row("train", n, 1)[:2] for n in rows]
+        windows = [(np.append(ids, 0), np.append(-1, targets)) for ids, targets in windows]
     else:
-        dialogues = [data.dialogues["train"][data.exchanged(1)[i]]
-                     for n in rows for i in data.rows["train"][n]]
-        assert len(dialogues) > 6
-    total, n = loss_of_answers(trainer.model, tok, dialogues)
+        windows = [data.window("train", data.exchanged(1)[i])
+                   for n in rows for i in data.rows["train"][n]]
+        assert len(windows) > 6
+    total, n = loss_of_answers(trainer.model, windows)
     assert data.n_trained(step) == n and loss.item() == pytest.approx((total / n).item(), rel=1e-5)
     (total / n).backward()
     assert_gradients_equal(kept, trainer.model)
@@ -221,7 +222,7 @@ def test_every_way_to_a_model_takes_the_dropout_of_the_settings(untrained, demo,
     bins = Bins("demo", demo / "data")
     new = pretrain.make_model(cfg, bins)
     checkpoint = dict(model=new.state_dict(), model_config=asdict(new.config) | dict(dropout=0.9))
-    cfg.init_from = str(tmp_path)
+    cfg.init_from, cfg.lora_rank = str(tmp_path), 0
     for made in (new, pretrain.make_model(cfg, bins), sft.make_model(cfg, bins),
                  restore_model(cfg, checkpoint)):
         assert {m.p for m in made.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
@@ -433,8 +434,8 @@ def test_an_epoch_of_dialogues_trains_every_answer_once(demo):
     data = chat_data(demo)
     trained = [targets[targets >= 0] for step in range(len(data.steps))
                for _, targets, _ in (data.batch(step, micro) for micro in range(3))]
-    want = [ids[1:][data.tokenizer.loss_mask(ids)[1:]] for ids in data.dialogues["train"]]
-    assert sorted(torch.cat(trained).tolist()) == sorted(np.concatenate(want).tolist())
+    tokens = data.bins.tokens("train")
+    assert sorted(torch.cat(trained).tolist()) == sorted(tokens[data.tokenizer.loss_mask(tokens)])
 
 
 # ---- evaluation ----
@@ -455,7 +456,8 @@ def test_val_loss_of_packed_dialogues_equals_that_of_each_alone(demo, tmp_path):
     trainer = make_trainer(tmp_path, data, vocab_size=4096, block_size=128)
     trainer.evaluate()
     with torch.no_grad():
-        total, n = loss_of_answers(trainer.model, data.tokenizer, data.dialogues["val"])
+        windows = [data.window("val", i) for i in range(len(data.windows["val"]))]
+        total, n = loss_of_answers(trainer.model, windows)
     assert trainer.scores["val_loss"] == pytest.approx((total / n).item(), rel=1e-5)
 
 

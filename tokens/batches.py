@@ -95,6 +95,7 @@ class TextData:
             raise UserError(f"{bins.folder} holds dialogues: those are for sft.py, or to be mixed "
                             "with texts (dataset=wiki:0.9,chat:0.1)")
         self.bins, self.cfg, self.tokenizer, self.parts = bins, cfg, bins.tokenizer, bins.parts
+        self.row_length, self.base = cfg.block_size, None
         self.rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
         self.train = [part.tokens("train") for part, _ in self.parts]
         self.val_parts = [(part, w) for part, w in self.parts if part.kind == "text"]

@@ -9,18 +9,11 @@ import torch
 
 from common.command_line import UserError
 from tokens.batches import EpochPermutation
+from tokens.bins import SPLITS
+from tokens.chat_windows import begins_dialogue, chat_windows, window_ids
 
 
-def truncate_dialogue(ids, tok, max_tokens):
-    """Return the first whole messages of a dialogue that fit max_tokens.
-
-    ids: 1-D array. The result is empty if no complete answer fits.
-    """
-    if len(ids) <= max_tokens:
-        return ids
-    message_ends = np.flatnonzero(ids[:max_tokens] == tok.im_end)
-    ids = ids[:message_ends[-1] + 1] if len(message_ends) else ids[:0]
-    return ids if tok.loss_mask(ids).any() else ids[:0]
+ROW = 1024  # positions of a row, or as many as the longest window takes
 
 
 def pack(lengths, row_size):
@@ -55,14 +48,17 @@ def system_message(ids, tok):
 
 
 class ChatData:
-    """Rows of at most block_size positions, each packed with dialogues; attention stays inside one,
-    or inside the conversation that a share of the rows joins them to.
+    """Rows of at most row_length positions, each packed with dialogues, or with windows of those
+    that are longer than block_size; attention stays inside one, or inside the conversation that a
+    share of the rows joins them to.
 
     The rows of a step have about the same length, and a micro-batch is as wide as its longest row,
     so there is hardly any padding. An epoch is every row once, with its steps in a new order.
 
-    For each split: dialogues are arrays of ids, rows are lists of indices into dialogues, longest
-    row first, row_lengths (n_rows,) are the positions that the rows fill.
+    For each split: windows are those of chat_windows, lengths (n_windows,) the positions that they
+    take, rows lists of indices into windows, longest row first, row_lengths (n_rows,) the positions
+    that the rows fill. row_length: those of the longest row. base: None, or the TextData of the
+    texts that the base model was trained on.
     """
 
     def __init__(self, bins, cfg):
@@ -71,10 +67,14 @@ class ChatData:
                             "python prepare.py belle sharegpt --name=chat")
         if bins.kind != "chat":
             raise UserError(f"{bins.folder} holds texts; sft.py takes a chat set (prepare.py chat)")
-        self.bins, self.cfg, self.tokenizer = bins, cfg, bins.tokenizer
-        self.dialogues, self.rows, self.row_lengths = {}, {}, {}
-        for split in ("train", "val"):
-            self.load_split(split)
+        self.bins, self.cfg, self.tokenizer, self.base = bins, cfg, bins.tokenizer, None
+        self.tokens = {split: np.asarray(bins.tokens(split)) for split in SPLITS}
+        self.windows, self.lengths, self.rows, self.row_lengths = {}, {}, {}, {}
+        counts = {split: self.load_split(split) for split in SPLITS}
+        longest = max(int(lengths.max()) for lengths in self.lengths.values())
+        for split in SPLITS:
+            self.pack_split(split, min(cfg.block_size, max(ROW, longest)), counts[split])
+        self.row_length = int(max(lengths[0] for lengths in self.row_lengths.values()))
         rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
         n_rows = len(self.rows["train"])
         self.steps = np.array_split(np.arange(n_rows), -(-n_rows // rows_per_step))
@@ -85,31 +85,42 @@ class ChatData:
         self.exchanged = lru_cache(maxsize=2)(self.exchanged)
 
     def load_split(self, split):
-        """Truncate the dialogues of a split, pack them into rows, and sort the rows by length."""
-        tokens, starts = self.bins.tokens(split), self.bins.starts(split)
-        full = [tokens[a:b] for a, b in zip(starts, starts[1:])]
-        # a position predicts the next token, so n tokens take n - 1 positions
-        kept = [truncate_dialogue(ids, self.tokenizer, self.cfg.block_size + 1) for ids in full]
-        n_cut = sum(0 < len(k) < len(f) for k, f in zip(kept, full))
-        self.dialogues[split] = kept = [ids for ids in kept if len(ids)]
-        if not kept:
+        """Find the windows of a split; return the Counter of what was cut or left out for them."""
+        windows, counts = chat_windows(self.tokens[split], self.bins.starts(split), self.tokenizer,
+                                       self.cfg.block_size)
+        if not len(windows):
             raise UserError(f"{self.bins.folder}: no {split} dialogue has an answer within "
-                            f"{self.cfg.block_size} tokens, the context of the base model. Use a "
-                            "base with a larger block_size, or prepare with --val_fraction=0.05")
-        rows = pack([len(ids) - 1 for ids in kept], self.cfg.block_size)
-        lengths = np.array([sum(len(kept[i]) - 1 for i in row) for row in rows])
+                            f"block_size={self.cfg.block_size} tokens. Raise it up to the context "
+                            "of the base model, or prepare with --val_fraction=0.05")
+        # a position predicts the next token, so n tokens take n - 1 positions
+        self.windows[split] = windows
+        self.lengths[split] = (windows[:, 1:6:2] - windows[:, 0:6:2]).sum(1) - 1
+        return counts
+
+    def pack_split(self, split, size, counts):
+        """Pack the windows of a split into rows of size positions, sort these by length, print what
+        came of the dialogues."""
+        windows, lengths = self.windows[split], self.lengths[split]
+        rows = pack(lengths.tolist(), size)
+        filled = np.array([lengths[row].sum() for row in rows])
         tie_break = np.random.default_rng(self.cfg.seed).random(len(rows))
-        order = np.lexsort((tie_break, -lengths))  # the longest first, equal ones shuffled
-        self.rows[split], self.row_lengths[split] = [rows[i] for i in order], lengths[order]
-        widths = np.repeat(lengths[order][::self.cfg.batch_size], self.cfg.batch_size)[:len(rows)]
-        print(f"{split}: {len(kept):,} dialogues in {len(rows):,} rows, "
-              f"{1 - lengths.sum() / widths.sum():.1%} padding; {n_cut:,} cut after a message, "
-              f"{len(full) - len(kept):,} dropped (first answer too long)")
+        order = np.lexsort((tie_break, -filled))  # the longest first, equal ones shuffled
+        self.rows[split], self.row_lengths[split] = [rows[i] for i in order], filled[order]
+        widths = np.repeat(filled[order][::self.cfg.batch_size], self.cfg.batch_size)[:len(rows)]
+        cut = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
+        print(f"{split}: {len(np.unique(windows[:, 0])):,} dialogues, {len(windows):,} windows, "
+              f"{len(rows):,} rows of at most {filled.max():,} tokens, "
+              f"{1 - filled.sum() / widths.sum():.1%} padding{cut}")
+
+    def window(self, split, index):
+        """Return ids (n,) and targets (n,) int64 of a window; -1 outside its trained answers."""
+        ids, first = window_ids(self.tokens[split], self.windows[split][index])
+        return ids, np.where(self.tokenizer.loss_mask(ids, first), ids, -1)
 
     def exchanged(self, epoch):
-        """Return an index of a training dialogue for each of them, by (seed, epoch): dialogues of
-        equal length change places, so that rows have other dialogues and the same lengths."""
-        lengths = [len(ids) for ids in self.dialogues["train"]]
+        """Return an index of a training window for each of them, by (seed, epoch): windows of equal
+        length change places, so that rows have other dialogues and the same lengths."""
+        lengths = self.lengths["train"]
         random = np.random.default_rng([self.cfg.seed, epoch, 0, 1]).random(len(lengths))
         new = np.empty(len(lengths), np.int64)
         new[np.argsort(lengths, kind="stable")] = np.lexsort((random, lengths))
@@ -119,29 +130,29 @@ class ChatData:
         """Return ids, targets, doc_ids of a row, each (at most row length,) int64; targets outside
         the answers are -1.
 
-        A row of an epoch of training depends on (seed, epoch): its dialogues, their order, and
+        A row of an epoch of training depends on (seed, epoch): its windows, their order, and
         whether it is one of the share cfg.multi_turn in which dialogues with equal system messages
-        are joined to one document: the message stands once, no <|endoftext|> separates them.
+        are joined to one document: the message stands once, no <|endoftext|> separates them. Only
+        a window that ends with its dialogue is continued, and only by one that begins another.
         """
         tok, items, joined = self.tokenizer, self.rows[split][index], False
         if epoch is not None:
             rng = np.random.default_rng([self.cfg.seed, epoch, index, 2])
             items = rng.permutation(self.exchanged(epoch)[items])
             joined = rng.random() < self.cfg.multi_turn
-        dialogues = [self.dialogues[split][i].astype(np.int64) for i in items]
+        windows = [(*self.window(split, i), begins_dialogue(self.windows[split][i])) for i in items]
         if joined:  # equal system messages next to each other
-            dialogues.sort(key=lambda ids: system_message(ids, tok).tobytes())
+            windows.sort(key=lambda window: system_message(window[0], tok).tobytes())
         parts, doc_id, before = [], -1, None
-        for ids in dialogues:
-            targets, begin = np.where(tok.loss_mask(ids), ids, -1), 0
-            system = system_message(ids, tok)
-            if joined and np.array_equal(system, before):
+        for ids, targets, begins in windows:
+            system, begin = system_message(ids, tok), 0
+            if joined and begins and np.array_equal(system, before):
                 begin = len(system)
             else:
                 doc_id += 1
             part = ids[begin:-1]
             parts.append((part, targets[begin + 1:], np.full(len(part), doc_id)))
-            before = system if ids[-1] == tok.eot else None  # one that was cut is not continued
+            before = system if ids[-1] == tok.eot else None
         return [np.concatenate(arrays) for arrays in zip(*parts)]
 
     def collate(self, split, indices, epoch=None):
@@ -198,7 +209,7 @@ class ChatData:
         """Yield the batches of the first val rows, as many as eval_tokens asks for (0: all)."""
         n_rows = len(self.rows["val"])
         if self.cfg.eval_tokens:
-            n_rows = min(n_rows, -(-self.cfg.eval_tokens // self.cfg.block_size))
+            n_rows = min(n_rows, -(-self.cfg.eval_tokens // self.row_length))
         for i in range(0, n_rows, self.cfg.batch_size):
             yield self.collate("val", range(i, min(i + self.cfg.batch_size, n_rows)))
 
@@ -213,5 +224,7 @@ class ChatData:
         if questions:
             return [(q, tok.encode_chat([dict(role="user", content=q)])
                      + tok.role_header("assistant")) for q in questions]
-        asked = [ids[:tok.loss_mask(ids).argmax()] for ids in self.dialogues["val"][:2]]
+        first_ones = np.unique(self.windows["val"][:, 0], return_index=True)[1][:2]
+        windows = [self.window("val", i) for i in first_ones]
+        asked = [ids[:(targets >= 0).argmax()] for ids, targets in windows]
         return [(tok.plain_text(ids).decode(errors="ignore"), ids.tolist()) for ids in asked]

@@ -2,6 +2,7 @@
 import os
 import re
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +12,12 @@ from common.command_line import UserError
 from corpus.files import first_reason
 from corpus.near_duplicates import similarity_index
 from corpus.sources import SOURCES
-from tokens.bins import SPLITS
+from tokens.bins import SPLITS, Bins
 
+SMALL = 50_000_000     # bytes of text; a set with less holds out SMALL_FRACTION of its documents
+SMALL_FRACTION = 0.05
 MIN_DOCUMENTS = 20     # with fewer texts, hold out the end of each instead of whole texts
-MIN_HELD_OUT = 20      # documents of a large enough set
-LARGE = 50_000_000     # training tokens; from here on val_fraction is never adjusted
+MIN_HELD_OUT = 2_000   # characters of validation text, where a set has ten times as many
 NAMES = dict(train="train", training="train", 训练集="train", dev="val", val="val", valid="val",
              validation="val", eval="val", 验证集="val", 开发集="val", test="test", testing="test",
              测试集="test")
@@ -40,9 +42,24 @@ def named_splits(source, files):
     return found if "val" in found else {"": found["train"], "test": found["test"]}
 
 
-def split_of(given, key, threshold):
-    """Return the given split of a document; if it is "", the one that its hash chooses."""
-    return given or ("val" if key < threshold else "train")
+def split_of(given, key, threshold, before):
+    """Return the given split of a document; if it is "", the one that its hash chooses, or "val" if
+    it is among those (before) that the set held out before."""
+    return given or ("val" if key < threshold or key in before else "train")
+
+
+def held_out_before(folder, kind, digest):
+    """Return the hashes of the validation documents of the set that a new one will replace: they
+    stay held out, however much is added. digest: that of a document's identity."""
+    if not (folder / "meta.json").is_file():
+        return frozenset()
+    with suppress(UserError):  # a damaged set is replaced, too
+        bins = Bins(folder)
+        if bins.kind == kind:
+            read = bins.tokenizer.decode_chat if kind == "chat" else bins.tokenizer.decode
+            documents = np.split(bins.tokens("val"), bins.starts("val")[1:-1])
+            return frozenset(digest(read(ids[:-1])) for ids in documents)
+    return frozenset()
 
 
 class Encoded(NamedTuple):
@@ -62,25 +79,29 @@ class SplitWriter:
     .splits: {split: {"characters", "bytes"}} of what was written.
     """
 
-    def __init__(self, out, kind, tokenizer, counts, val_fraction, near_duplicates=0.0):
+    def __init__(self, out, kind, tokenizer, counts, settings):
         self.out, self.kind, self.tok, self.counts = out, kind, tokenizer, counts
-        self.val_fraction, self.threshold = val_fraction, int(val_fraction * 2**64)
+        self.val_fraction, self.small = settings.val_fraction, settings.small
+        self.threshold, self.before = settings.threshold, settings.before
         self.seen = set()  # hashes of the documents written
         self.held_out = set()  # hashes of the documents whose given split is val or test
         self.val_is_given = False
-        # Hashes of the training documents in the order of writing, 2**64 - 1 for one that must not
-        # be held out.
-        self.train_keys = array("Q")
-        self.near = similarity_index(near_duplicates) if near_duplicates else None
+        # Hashes of the documents in the order of writing, 2**64 - 1 for one that must not be held
+        # out.
+        self.keys = {split: array("Q") for split in SPLITS}
+        near = settings.near_duplicates
+        self.near = similarity_index(near) if near else None
         self.splits = {split: dict(characters=0, bytes=0) for split in SPLITS}
 
     def add(self, source, given, documents, ids):
         """Write documents [Encoded] of a source and given split; ids: theirs, concatenated."""
         foreign = self.kind != SOURCES[source].kind  # dialogues as plain text
         self.val_is_given |= given == "val" and not foreign
+        # a chat set of the same dialogues may be small, and hold out more of them than this set
+        threshold = max(self.threshold, int(SMALL_FRACTION * 2**64 * foreign))
         chosen = []  # the split of each document, "" = dropped
         for doc in documents:
-            split = split_of(given, doc.key, self.threshold)
+            split = split_of(given, doc.key, threshold, self.before)
             reason = self.reason_to_drop(doc, split, foreign)
             if given in ("val", "test"):
                 self.held_out.add(doc.key)
@@ -89,8 +110,7 @@ class SplitWriter:
                 self.counts.drop(source, reason, doc.place)
                 continue
             self.seen.add(doc.key)
-            if split == "train":
-                self.train_keys.append(2**64 - 1 if foreign else doc.key)
+            self.keys[split].append(2**64 - 1 if foreign else doc.key)
             self.counts.write(source, doc)
             self.splits[split]["characters"] += doc.characters
             self.splits[split]["bytes"] += doc.bytes
@@ -114,36 +134,46 @@ class SplitWriter:
         return reason
 
     def hold_out_enough(self):
-        """Hold out more if val_fraction gives too few documents of a set that is not LARGE.
-
-        Then the documents with the smallest hashes are held out, MIN_HELD_OUT or a twentieth of
-        all; of fewer than MIN_DOCUMENTS texts the end of each. A given val split stays as it is.
-        """
-        n_train, n_val = map(self.out.n_docs, SPLITS)
-        total = n_train + n_val
-        if self.val_is_given or n_val and self.out.starts["train"][-1] > LARGE:
-            return
-        few_texts = total < MIN_DOCUMENTS and self.kind == "text"
-        wanted = 0 if few_texts else min(MIN_HELD_OUT, max(1, total // 20))
-        order = np.argsort(np.array(self.train_keys), kind="stable")[:max(0, wanted - n_val)]
-        held = {i for i in order.tolist() if self.train_keys[i] < 2**64 - 1}
-        if not held and n_val and not few_texts:
+        """Hold out more of a small set if the hashes chose too little: then the documents with the
+        smallest hashes; of fewer than MIN_DOCUMENTS texts the end of each. A document of over a
+        tenth of the set is not held out. A given val split stays as it is."""
+        if self.val_is_given or not self.small:
             return
         train, val = map(self.out.documents, SPLITS)
-        if held:
-            print(f"  val_fraction={self.val_fraction} would hold out {n_val} documents; "
-                  f"holding out {n_val + len(held)}")
-            self.rewrite([(doc[:0], doc) if i in held else (doc, doc[:0])
-                          for i, doc in enumerate(train)] + [(doc[:0], doc) for doc in val])
-        else:
-            print(f"  few documents: the last {self.val_fraction:.1%} of each of the {total} "
-                  "is the validation split")
-            self.rewrite([self.cut_end(doc) for doc in train + val])
+        total = len(train) + len(val)
+        characters = sum(s["characters"] for s in self.splits.values())
+        least = MIN_HELD_OUT / characters if characters >= 10 * MIN_HELD_OUT else 0  # of the text
+        if self.kind == "text" and total < MIN_DOCUMENTS:
+            share = max(self.val_fraction, least)
+            print(f"  few documents: the last {share:.1%} of each of the {total} is the validation "
+                  "split")
+            self.rewrite([self.cut_end(doc, share) for doc in train + val])
+            return
+        documents = [*zip(self.keys["train"], train), *zip(self.keys["val"], val)]  # (hash, ids)
+        n_tokens = sum(len(ids) for _, ids in documents)
+        longest = n_tokens / 10 if total >= MIN_DOCUMENTS else n_tokens  # not a novel among essays
+        may = {i for i, (key, ids) in enumerate(documents)
+               if key < 2**64 - 1 and (len(ids) <= longest or key in self.before)}
+        held = {i for i in may if i >= len(train)}
+        wanted = max(1, int(total * min(self.val_fraction, SMALL_FRACTION) + 1e-9))  # documents
+        missing = least * n_tokens - sum(len(documents[i][1]) for i in held)  # tokens
+        for i in sorted(may - held, key=lambda i: documents[i][0]):
+            if missing <= 0 and len(held) >= wanted:
+                break
+            held.add(i)
+            missing -= len(documents[i][1])
+        if len(held) != len(val):
+            print(f"  the hashes chose {len(val)} documents for validation; holding out "
+                  f"{len(held)}")
+        # in the order of their hashes: the next time the same documents are chosen as they are read
+        ordered = sorted((documents[i] for i in held), key=lambda document: document[0])
+        self.rewrite([(ids, ids[:0]) for i, (_, ids) in enumerate(documents) if i not in held]
+                     + [(ids[:0], ids) for _, ids in ordered])
 
-    def cut_end(self, ids):
+    def cut_end(self, ids, share):
         """Return (training part, held-out part) of a document. The held-out part has its end token
         and at least four more, or half of it."""
-        cut = len(ids) - max(round(self.val_fraction * len(ids)), min(5, len(ids) // 2))
+        cut = len(ids) - max(round(share * len(ids)), min(5, len(ids) // 2))
         return np.append(ids[:cut], self.tok.eot)[:cut + (cut > 0)], ids[cut:]
 
     def rewrite(self, parts):

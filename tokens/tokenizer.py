@@ -180,19 +180,20 @@ class Tokenizer:
             ids += [*self.role_header(m["role"]), *content, self.im_end, *newline]
         return ids
 
-    def loss_mask(self, ids):
+    def loss_mask(self, ids, first=0):
         """Return which of ChatML ids (n,) the loss covers, (n,) bool: the content of assistant
-        messages and their <|im_end|>.
+        messages and their <|im_end|>, from the index `first` on.
 
         Messages are found by the ids of the whole header, which no text encodes to.
         """
         ids, header = np.asarray(ids), self.assistant_header
         mask, ends = np.zeros(len(ids), dtype=bool), np.flatnonzero(ids == self.im_end)
         for start in np.flatnonzero(ids == self.im_start):
-            first = start + len(header)
-            if np.array_equal(ids[start:first], header):
+            header_end = start + len(header)
+            if np.array_equal(ids[start:header_end], header):
                 end = ends[np.searchsorted(ends, start):][:1]
-                mask[first:end[0] + 1 if len(end) else len(ids)] = True
+                mask[header_end:end[0] + 1 if len(end) else len(ids)] = True
+        mask[:first] = False
         return mask
 
     def decode_chat(self, ids):

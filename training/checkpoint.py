@@ -9,13 +9,18 @@ import torch
 
 from common.command_line import UserError, first_line, is_out_of_memory
 from common.files import atomic_file, current_folder, read_json
+from models.folders import load_model
 from models.hf import model_of_checkpoint, write_errors_as_user_error
+from training.lora import add_adapters
 
-SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias")
+SHAPE = ("arch", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "bias",
+         "qkv_bias", "qk_norm")
 KEYS = {"step", "best", "cfg", "losses", "model", "model_config", "optimizers", "scaler", "data"}
 # A run without a checkpoint is continued by a command with the same values of these settings.
 SAME_RUN = ("seed", "dataset", "optimizer", "dropout", "weight_decay", "beta1", "beta2",
-            "multi_turn", *SHAPE)
+            "multi_turn", "lora_rank", *SHAPE)
+# What the settings that older runs lack meant: they joined no dialogues, and had other rows.
+OLDER = dict(multi_turn=None, lora_rank=0, qkv_bias=False, qk_norm=True)
 
 
 def checkpoint_files(out_dir):
@@ -138,8 +143,12 @@ def check_resumable(cfg, bins, checkpoint, file):
     old = comparable(checkpoint["cfg"]) | dict(data=checkpoint["data"])
     new = comparable(vars(cfg)) | dict(data=bins.fingerprint())
     shape = SHAPE if new["init_from"] == "auto" else ("block_size",)
-    old.setdefault("multi_turn", None)  # older runs joined no dialogues, and had other rows
-    for name in ("data", "seed", "optimizer", "init_from", "rows per step", "multi_turn", *shape):
+    if "multi_turn" in vars(cfg):  # of sft.py: older runs windowed no dialogues
+        old["long dialogues"] = "windows" if "row_length" in checkpoint else "cut"
+        new["long dialogues"] = "windows"
+        new.setdefault("block_size", checkpoint["model_config"]["block_size"])
+    for name in ("data", "seed", "optimizer", "init_from", "rows per step", "multi_turn",
+                 "lora_rank", "long dialogues", *shape):
         if name in new and new[name] != old[name]:
             if name == "data":  # the names say more than the hashes
                 name = "dataset"
@@ -152,14 +161,29 @@ def check_resumable(cfg, bins, checkpoint, file):
 
 @incompatible_as_user_error()
 def restore_model(cfg, checkpoint):
-    """Return the checkpoint's model, with this command's dropout."""
-    return model_of_checkpoint(checkpoint, cfg.dropout)
+    """Return the checkpoint's model, with this command's dropout. Of a run with adapters the base
+    is read again; UserError if it has changed."""
+    if not (lora := checkpoint.get("lora")):
+        return model_of_checkpoint(checkpoint, cfg.dropout)
+    block_size = checkpoint["model_config"]["block_size"]
+    model, tok = load_model(lora["base"], cfg.dropout, block_size, add_chat_tokens=True)
+    add_adapters(model, cfg.lora_rank, tok, lora["base"])
+    if model.lora != lora:
+        raise UserError(f"{lora['base']} is not what it was when this run started from it: put its "
+                        "old files back, or start a new run with --overwrite")
+    missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
+    if unexpected or any(model.get_parameter(name).requires_grad for name in missing):
+        raise ValueError("other adapters")
+    return model
 
 
 def comparable(settings):
     """Return the settings that must agree between two parts of one run."""
     rows = settings["batch_size"] * settings["gradient_accumulation_steps"]
-    return {name: settings[name] for name in SAME_RUN if name in settings} | {
+    known = {name: value for name, value in (OLDER | settings).items() if name in SAME_RUN}
+    if known.get("block_size") == 0:  # of sft.py: the base model's
+        del known["block_size"]
+    return known | {
         "rows per step": rows, "init_from": settings["init_from"].replace("scratch", "auto")}
 
 

@@ -35,6 +35,12 @@ class Context:
         """Return the context of a forward pass in this dtype."""
         return autocast(self.device, self.dtype)
 
+    def store_frozen(self, model):
+        """Convert frozen matrices to this dtype, to which autocast would cast them anyway."""
+        for p in model.parameters():
+            if p.dim() == 2 and not p.requires_grad:
+                p.data = p.data.to(self.dtype)
+
     def max(self, number):
         """Return the largest of an int or bool over all processes."""
         return number

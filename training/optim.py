@@ -7,17 +7,17 @@ STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}
 
 
 def configure_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas):
-    """Return a list of optimizers: AdamW for all, or Muon for the blocks' matrices and AdamW for
-    the rest; ValueError for another name.
+    """Return a list of optimizers of what is not frozen: AdamW for all, or Muon for the blocks'
+    matrices and AdamW for the rest; ValueError for another name.
 
     Weight decay applies to the blocks' matrices only: not to norms, biases, embeddings and an
     untied head. Each group keeps its peak rate as group["peak_lr"], which the schedule scales.
     """
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {optimizer}")
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad]
     matrix_ids = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in matrix_ids]
+    rest = [p for p in model.parameters() if id(p) not in matrix_ids and p.requires_grad]
     groups = [dict(params=rest, weight_decay=0.0)]
     if optimizer == "adamw":
         groups.append(dict(params=matrices, weight_decay=weight_decay))

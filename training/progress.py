@@ -87,7 +87,7 @@ class Progress:
                 f"{clock(left)} to go")
         peak = peak_flops(self.ctx.device, self.ctx.dtype, self.ctx.world_size)
         if peak:
-            values["mfu"] = speed * self.model.flops_per_token(self.cfg.block_size) / peak
+            values["mfu"] = speed * self.model.flops_per_token(self.data.row_length) / peak
             text += f"  mfu {values['mfu']:.1%}"
         self.runlog.log(step, dict(tokens=self.data.tokens_read(step)) | values, text)
         self.losses, self.last, self.data_seconds = [], (step, self.timer.now()), 0.0
