@@ -88,9 +88,8 @@ def load(cfg, kind="base"):
 
 def read_texts(bins, split):
     """Yield the text of each document of a prepared set."""
-    tokens, starts = bins.tokens(split), bins.starts(split)
-    for first, end in zip(starts, starts[1:]):
-        yield bins.tokenizer.plain_text(tokens[first:end]).decode(errors="replace")
+    for ids in bins.documents(split):
+        yield bins.tokenizer.plain_text(ids).decode(errors="replace")
 
 
 def single_argument(arguments, what):

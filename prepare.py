@@ -79,7 +79,7 @@ DEMO = Path(__file__).parent / "data" / "raw" / "demo"
 XIAOYU = Path(__file__).parent / "data" / "xiaoyu" / "base"
 BATCH_CHARS = 500_000          # size of the batches that are sent to the workers
 TOKENIZER_CHARS = 8_000_000    # text that a tokenizer is trained on at most; takes 2 GB of memory
-FEW_TOKENS = 100_000           # of which a model learns no facts
+FEW_TOKENS = 100_000           # in a training split; with fewer, say what can be expected
 WIKI_FOLDERS = ("wiki_zh_2019", "wiki_zh", "wiki_zh*.zip", "[A-Z][A-Z]/wiki_[0-9]*")  # in ./
 RANGES = dict(vocab_size=(0, 2**20), sample=(1e-9, 1), max_docs=(0, 2**31), min_chars=(0, 2**31),
               min_chinese=(0, 1), near_duplicates=(0, 0.95), val_fraction=(0, 0.99),
@@ -294,8 +294,8 @@ def prepare(sources, kind, name, tok, cfg):
     print(f"{folder}: {seconds:.1f} s, {speed:.1f} MB/s, {tok.vocab_size:,} ids ({out.dtype.name})")
     counts.print(writer.splits)
     if kind == "text" and out.starts["train"][-1] < FEW_TOKENS:
-        print("  under 100,000 training tokens: enough for words and manner, not for what the "
-              "texts say. More text helps most")
+        print(f"  under {FEW_TOKENS:,} training tokens: a model can learn the style of so little "
+              "text, not its facts; more text helps most")
 
 
 # ---- tokenizers ----
@@ -342,11 +342,11 @@ def make_tokenizer(wanted, sources, cfg, vocab_size=0):
     if n_chars > 1_000_000 or dropped:
         print(f"training a tokenizer on {len(texts):,} documents, {n_chars:,} characters"
               + f" (others: {others})" * bool(others), flush=True)
-    wanted = cfg.vocab_size or vocab_size or suitable_vocab_size(n_chars)
-    tok = train_bytebpe(texts, wanted)
-    if tok.vocab_size < wanted:
-        print(f"the tokenizer has {tok.vocab_size:,} ids, not {wanted:,}: the text repeats no "
-              "other pieces")
+    n_ids = cfg.vocab_size or vocab_size or suitable_vocab_size(n_chars)
+    tok = train_bytebpe(texts, n_ids)
+    if tok.vocab_size < n_ids:
+        print(f"the tokenizer has {tok.vocab_size:,} ids, not {n_ids:,}: no other pieces occur "
+              "twice in the text")
     return tok
 
 

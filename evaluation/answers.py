@@ -8,7 +8,6 @@ import re
 from collections import Counter, defaultdict
 from statistics import mean, stdev
 
-import numpy as np
 import torch
 
 from common.command_line import UserError
@@ -48,8 +47,8 @@ def known_questions(bins, split, n, seed):
     """Return [(messages up to the first question, the set's answers to it)] of n dialogues of a
     split of a chat set, chosen by seed; answers of more than MAX_TOKENS are left out. UserError: it
     has fewer than three questions."""
-    tok, starts, answers = bins.tokenizer, bins.starts(split), defaultdict(list)
-    for ids in np.split(bins.tokens(split), starts[1:-1]):
+    tok, answers = bins.tokenizer, defaultdict(list)
+    for ids in bins.documents(split):
         messages = tok.decode_chat(ids)
         at = next((i for i, m in enumerate(messages) if i and m["role"] == "assistant"), 0)
         if at and messages[at - 1]["role"] == "user" and (

@@ -153,12 +153,12 @@ def test_own_texts_start_from_xiaoyu_and_what_is_set_stays(here):
     assert (settings["init_from"], settings["max_iters"], settings["batch_size"]) == (
         "xiaoyu", 3, 2)
     again = succeed(run(here, "pretrain.py", *words[:1], "--max_iters=4", "--eval_tokens=512"))
-    assert "as this run began" in again.stdout and "resuming from" in again.stdout
+    assert "settings that this run began with" in again.stdout and "resuming from" in again.stdout
     assert "--batch_size=2" in again.stdout  # the earlier command had set it
     prepare.main(["chat", write(here / "c.jsonl", range(40), 30, chat=True), "--name=chat"])
     sft = succeed(run(here, "sft.py", ROOT / "config" / "mine_sft.py", "--max_iters=2",
                       "--eval_interval=100")).stdout
-    assert "--init_from=out/mine/" in sft and "a base 256 wide" in sft
+    assert "--init_from=out/mine/" in sft and "a base model 256 wide" in sft
 
 
 def test_another_tokenizer_means_a_new_model(here):

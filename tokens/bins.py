@@ -126,6 +126,12 @@ class Bins:
             raise self._bad(f"{split}.idx is damaged")
         return starts
 
+    def documents(self, split):
+        """Yield the ids of each document (n,), views of a memmap."""
+        tokens, starts = self.tokens(split), self.starts(split)
+        for first, end in zip(starts, starts[1:]):
+            yield tokens[first:end]
+
     @property
     def parts(self):
         """Return [(set, weight)], as Mixture.parts."""

@@ -145,7 +145,7 @@ class ChatData:
             windows.sort(key=lambda window: system_message(window[0], tok).tobytes())
         parts, doc_id, before = [], -1, None
         for ids, targets, begins in windows:
-            system, begin = system_message(ids, tok), 0
+            begin, system = 0, system_message(ids, tok) if joined else None
             if joined and begins and np.array_equal(system, before):
                 begin = len(system)
             else:

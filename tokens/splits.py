@@ -57,8 +57,7 @@ def held_out_before(folder, kind, digest):
         bins = Bins(folder)
         if bins.kind == kind:
             read = bins.tokenizer.decode_chat if kind == "chat" else bins.tokenizer.decode
-            documents = np.split(bins.tokens("val"), bins.starts("val")[1:-1])
-            return frozenset(digest(read(ids[:-1])) for ids in documents)
+            return frozenset(digest(read(ids[:-1])) for ids in bins.documents("val"))
     return frozenset()
 
 
@@ -151,7 +150,8 @@ class SplitWriter:
             return
         documents = [*zip(self.keys["train"], train), *zip(self.keys["val"], val)]  # (hash, ids)
         n_tokens = sum(len(ids) for _, ids in documents)
-        longest = n_tokens / 10 if total >= MIN_DOCUMENTS else n_tokens  # not a novel among essays
+        # a novel among essays is for training
+        longest = n_tokens / 10 if total >= MIN_DOCUMENTS else n_tokens
         may = {i for i, (key, ids) in enumerate(documents)
                if key < 2**64 - 1 and (len(ids) <= longest or key in self.before)}
         held = {i for i in may if i >= len(train)}

@@ -131,10 +131,10 @@ def suitable_settings(kind, tokens, base=None, block_size=1024):
         epochs = 3 if kind == "base" else max(2, epochs - 3)
     step_tokens = min(65_536, max(2_048, 2 ** round(math.log2(tokens / 200))))
     if base and base.n_embd > 512:  # a large model, trained on far more text than this
-        found, reason = dict(learning_rate=0.02 / base.n_embd), f"a base {base.n_embd} wide"
+        found, reason = dict(learning_rate=0.02 / base.n_embd), f"a base model {base.n_embd} wide"
     elif base:
         found = dict(optimizer="muon", learning_rate=0.008, muon_lr=2e-3, dropout=0.1)
-        reason = f"a base {base.n_embd} wide"
+        reason = f"a base model {base.n_embd} wide"
     else:
         width, layers = next((size for size in SIZES if 12 * size[0] ** 2 * size[1] * 20
                               > epochs * tokens), SIZES[-1])
@@ -157,7 +157,7 @@ def choose_settings(cfg, kind, bins):
     run = {} if cfg.overwrite else read_json(Path(cfg.out_dir) / "run.json").get("settings", {})
     tokens = sum(part.meta["splits"]["train"]["tokens"] for part, _ in bins.parts)
     if run.get("size") == "auto":
-        found, reason = run, "as this run began"
+        found, reason = run, "settings that this run began with"
     else:
         start = cfg.init_from
         if start == "auto" and kind == "chat":
@@ -201,7 +201,7 @@ def print_plan(cfg, ctx, model, data, step):
     print(f"memory a process: about {sum(memory.values()) / GIB:.2f} GiB ({parts})", flush=True)
     dialogues = {part.folder.name for part, _ in data.bins.parts if part.kind == "chat"}
     for name, n in epochs.items():
-        if n > MANY_EPOCHS and not cfg.size and name not in dialogues:  # these are chosen so
+        if n > MANY_EPOCHS and not cfg.size and name not in dialogues:  # those: on purpose
             print(f"{name} will be read {n:.1f} times: after {MANY_EPOCHS} epochs a model gains "
                   "little and starts to memorise. Use more text, fewer steps or a smaller weight")
 

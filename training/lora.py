@@ -52,8 +52,10 @@ def add_adapters(model, rank, tok, base):
 
 @torch.no_grad()
 def merged_weights(model):
-    """Return a model's state dict with adapters and rows merged, in float32 on the CPU."""
+    """Return a model's state dict; adapters and rows are merged, in float32 on the CPU."""
     state = model.state_dict()
+    if not model.lora:
+        return state
     for name, m in model.named_modules():
         own = {key: t.float().cpu() for key, t in m.named_parameters(recurse=False)}
         if isinstance(m, LoraLinear):
